@@ -1,0 +1,1 @@
+"""The functional core: sites, edits, selection, transforms, sweeps, random streams, sharding, errors."""

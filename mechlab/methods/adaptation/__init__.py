@@ -1,0 +1,1 @@
+"""Adaptation: parameter-efficient fine-tuning and editing of weights."""

@@ -1,0 +1,1 @@
+"""Circuits: which parts of a network carry a behaviour."""

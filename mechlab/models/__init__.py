@@ -1,0 +1,1 @@
+"""Models: pure functions of parameters, inputs and edits, with named sites."""

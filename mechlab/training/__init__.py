@@ -1,0 +1,1 @@
+"""Training: the loop (loop.py), batches as pure functions (batches.py), checkpoints of training and of edits."""

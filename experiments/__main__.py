@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -98,6 +97,7 @@ def _report(arguments: argparse.Namespace, systems: Sequence[System]) -> int:
 
 def _bench(arguments: argparse.Namespace, systems: Sequence[System]) -> int:
     if arguments.name == "all":
+        _make(arguments.out)
         module = importlib.import_module("experiments.bench.run_all")
         code: int = module.run_all(arguments.preset, arguments.out)
         return code
@@ -105,9 +105,16 @@ def _bench(arguments: argparse.Namespace, systems: Sequence[System]) -> int:
     if arguments.name not in names:
         near = did_you_mean(arguments.name, [*names, "all"])
         raise UserError(f'unknown benchmark "{arguments.name}".{near} Known: {", ".join(names) or "none"}.')
-    module = importlib.import_module(f"experiments.bench.{arguments.name}")
-    print(json.dumps(module.bench(arguments.preset, arguments.out), indent=2))
+    _make(arguments.out)
+    importlib.import_module(f"experiments.bench.{arguments.name}").bench(arguments.preset, arguments.out)
     return 0
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure speed, memory and scaling")
     bench.add_argument("name", help="a module of experiments/bench, or all")
-    bench.add_argument("--preset", choices=("cpu", "accel"), default="cpu", help="size (default: cpu)")
+    bench.add_argument("--preset", choices=("smoke", "cpu", "accel"), default="cpu", help="size (default: cpu)")
     out = Path("runs/bench")
     bench.add_argument("--out", type=Path, default=out, help=f"folder for its files (default: {out})")
     bench.set_defaults(command=_bench)

@@ -1,4 +1,4 @@
-"""The 45 systems in the order of their sheets: which paper each is, and whether its experiment is built."""
+"""The 45 systems in order of their numbers: which paper each is, and whether its experiment is built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class System:
     """One paper and the place of its experiment.
 
     Attributes:
-      number: position in the specification sheets, from 1.
+      number: number of the system, from 1.
       slug: the name on the command line and of the modules.
       family: the folder the slug lives in.
       title: title of the paper.
@@ -85,7 +85,7 @@ def load(system: System) -> ModuleType:
 
 
 # fmt: off
-_SHEETS: tuple[tuple[int, str, str, str, str], ...] = (
+_TABLE: tuple[tuple[int, str, str, str, str], ...] = (
     (1, "dopamine", "adaptation", "arXiv 2602.11726 (2026)",
      "Dopamine: Brain Modes, Not Brains (TauGate: threshold-and-gain tuning)"),
     (2, "bone", "adaptation", "arXiv 2409.15371 (2024)",
@@ -192,5 +192,5 @@ _SHEETS: tuple[tuple[int, str, str, str, str], ...] = (
 
 SYSTEMS: tuple[System, ...] = tuple(
     System(number=number, slug=slug, family=family, title=title, paper=paper)
-    for number, slug, family, paper, title in _SHEETS
+    for number, slug, family, paper, title in _TABLE
 )

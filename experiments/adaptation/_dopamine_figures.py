@@ -79,8 +79,8 @@ def firing_map(frequency: np.ndarray) -> Figure:
         xlabel="unit of the last hidden layer, sorted by selectivity",
         ylabel="mode",
         row_labels=["upright", "rotated"],
-        colour_label="share of images with an open gate",
-        title="seed 0",
+        colour_label="share of images",
+        title="share of test images that open a unit's gate (seed 0)",
     )
 
 

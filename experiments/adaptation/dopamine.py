@@ -41,11 +41,12 @@ from mechlab.core import select
 from mechlab.core.edits import Mask, at, chain
 from mechlab.core.rng import stream
 from mechlab.core.transforms import AdapterState
+from mechlab.data.images import load_images
 from mechlab.methods.adaptation import dopamine
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
 
-__all__ = ["CLAIMS", "PRESETS", "Config", "run"]
+__all__ = ["CLAIMS", "PRESETS", "Config", "resolve", "run"]
 
 ALL_ARMS = ("taugate", "sparse", "gain", "threshold", "bias", "lora_1", "lora_4", "lora_8", "full")
 
@@ -55,7 +56,8 @@ class Config:
     """One run.
 
     Attributes:
-      data: "auto" takes MNIST where it is on this machine, else scikit-learn's digits; neither downloads.
+      data: "auto" takes MNIST where it is on this machine, else scikit-learn's digits, and downloads nothing; the run's
+        record says which it was.
       network: the perceptron with ``hidden``, or a small convolutional network with one gate per channel.
       hidden: hidden widths, or channels.
       seeds: number of networks.
@@ -124,6 +126,11 @@ PRESETS: dict[str, Config] = {
     ),
     "paper": Config(data="mnist", seeds=10, steps=2800),
 }
+
+
+def resolve(config: Config) -> Config:
+    """The same configuration with ``data="auto"`` decided: a record names its data, and a resumed run keeps it."""
+    return dataclasses.replace(config, data=load_images(config.data).name)
 
 
 def run(key: jax.Array, config: Config, log: Log) -> Result:

@@ -33,7 +33,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
 
 def compile_seconds(function: Callable[..., Any], *inputs: Any) -> float:
     """Seconds to trace, lower and compile ``function`` with the persistent cache off."""
-    cached = jax.config.read("jax_enable_compilation_cache")
+    cached = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         start = time.perf_counter()

@@ -45,16 +45,19 @@ SIZES = {
 }
 
 
+def _keys(size: Size, seed: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), size.seeds)
+
+
 def bench(preset: str, out: Path) -> dict[str, Any]:
     """Measure, print a table, write ``training.json``; see the module's docstring."""
     size = SIZES[preset]
     model = mlp(MLPConfig(widths=size.widths))
-    keys = jax.random.split(jax.random.key(0), size.seeds)
     data = {
         "x": jax.random.normal(jax.random.key(1), (size.examples, size.widths[0])),
         "y": jax.random.randint(jax.random.key(2), (size.examples,), 0, size.widths[-1]),
     }
-    start = jax.jit(jax.vmap(model.init))(keys)
+    start = jax.jit(jax.vmap(model.init))(_keys(size, 0))
     first = jax.tree.map(lambda x: x[0], start)
     optimiser, batches = optax.adam(1e-3), shuffled(data, size.batch)
 
@@ -81,18 +84,18 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
         watch = Stopwatch()
         options: dict[str, Any] = {"steps": size.steps, "segment": max(1, size.steps // 5), "log": watch}
         if many:
-            result = fit_many(keys, start, lambda p: Job(loss, p, optimiser, batches), **options)
+            result = fit_many(_keys(size, 3), start, lambda p: Job(loss, p, optimiser, batches), **options)
         else:
-            result = fit(keys[0], loss, first, optimiser, batches, **options)
+            result = fit(_keys(size, 3)[0], loss, first, optimiser, batches, **options)
         return result.params, watch.seconds_per_step()
 
-    python_loop(keys[0], first)  # compiles
+    python_loop(_keys(size, 3)[0], first)  # compiles
     seconds: dict[str, list[float]] = {"fit": [], "loop": [], "fit_many": []}
     for _ in range(size.repeats):
         one, per_step = compiled(many=False)
         seconds["fit"].append(per_step)
         seconds["fit_many"].append(compiled(many=True)[1] / size.seeds)
-        by_hand, per_step = python_loop(keys[0], first)
+        by_hand, per_step = python_loop(_keys(size, 3)[0], first)
         seconds["loop"].append(per_step)
     apart = max(
         float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(by_hand), strict=True)

@@ -53,6 +53,8 @@ def run(
     """
     module = load(system)
     config = override(choose(module.PRESETS, preset, system.slug), assignments)
+    if hasattr(module, "resolve"):  # what depends on the machine, such as which data are here, becomes explicit
+        config = module.resolve(config)
     identity = {"slug": system.slug, "preset": preset, "seed": seed, "config": plain(config)}
     directory = out / system.slug / f"{preset}-{seed}"
     if examine(directory, identity) == "finished":

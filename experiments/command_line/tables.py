@@ -43,14 +43,14 @@ def print_system(system: System, module: ModuleType | None) -> None:
     """
     console = _console()
     console.print(Text(f"{system.slug} ({system.family}, no. {system.number})", style="bold"))
-    console.print(Text(f"{system.title}. {system.paper}."))
+    console.print(f"{system.title}. {system.paper}.")
     if module is None:
-        console.print(Text("planned: its experiment is not built yet"))
+        console.print("planned: its experiment is not built yet")
         return
     console.print(_presets(module.PRESETS))
     claims = Table("claim", "the paper says", "holds when", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for claim in module.CLAIMS:
-        claims.add_row(Text(claim.id), Text(f"{claim.statement} ({claim.source})"), Text(claim.criterion))
+        claims.add_row(claim.id, f"{claim.statement} ({claim.source})", claim.criterion)
     console.print(claims)
 
 
@@ -66,11 +66,10 @@ def print_record(record: Mapping[str, Any]) -> None:
     table = Table("metric", "value", "95 % interval", "n", "unit", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name, metric in list(metrics.items())[:METRICS_SHOWN]:
         interval = "" if metric["ci95"] is None else "[{:.4g}, {:.4g}]".format(*metric["ci95"])
-        cells = (name, f"{metric['value']:.4g}", interval, str(metric["n"]), metric["unit"])
-        table.add_row(*map(Text, cells))
+        table.add_row(name, f"{metric['value']:.4g}", interval, str(metric["n"]), metric["unit"])
     console.print(table)
     if len(metrics) > METRICS_SHOWN:
-        console.print(Text(f"and {len(metrics) - METRICS_SHOWN} more metrics in result.json"))
+        console.print(f"and {len(metrics) - METRICS_SHOWN} more metrics in result.json")
 
 
 def _console() -> Console:
@@ -78,14 +77,17 @@ def _console() -> Console:
 
 
 def _presets(presets: Mapping[str, Any]) -> Table:
-    """Fields down, presets across."""
+    """Fields with their types down, presets across; nothing is cut off, so that it can be typed after --set."""
     values = {name: plain(config) for name, config in presets.items()}
     fields = [field for config in presets.values() for field in dataclasses.fields(config)]
     kinds = {field.name: str(field.type) for field in fields}
-    table = Table("field", "type", *values, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("field", min_width=max(map(len, kinds)), overflow="fold")
+    for preset in values:
+        table.add_column(preset, overflow="fold")
     for field, kind in kinds.items():
         cells = [_spell(config[field]) if field in config else "" for config in values.values()]
-        table.add_row(*map(Text, (field, kind, *cells)))
+        table.add_row(Text.assemble(field, "\n", (kind, "dim")), *cells)
     return table
 
 
@@ -107,7 +109,7 @@ def _claims(claims: Sequence[Mapping[str, str]]) -> Table:
             table.add_row()
         table.add_row(
             Text(claim["status"].replace("_", " "), style=_STYLES[claim["status"]]),
-            Text(f"{claim['id']}: {claim['statement']} ({claim['source']})"),
+            f"{claim['id']}: {claim['statement']} ({claim['source']})",
             Text.assemble(claim["observed"], "\n", (f"criterion: {claim['criterion']}", "dim")),
         )
     return table

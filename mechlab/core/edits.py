@@ -3,7 +3,7 @@
 An edit is a pytree of arrays that can be called: ``edit(value, context) -> value``. Being data, it can be mapped
 (``vmap`` over edits is a sweep), differentiated (attribution, learned steering vectors), scanned with the layers, saved
 and sharded. To write a new one, write a ``flax.struct.dataclass`` with ``__call__``; to place any edit at a layer, at
-positions, heads or units, call ``at``:
+positions, heads or units, call ``at``::
 
     @flax.struct.dataclass
     class Double:

@@ -1,4 +1,4 @@
-"""A model as users see it: pure functions of parameters, inputs and edits.
+"""A model as users see it: pure functions of parameters, inputs and edits::
 
     model = transformer(config)
     params = model.init(jax.random.key(0))

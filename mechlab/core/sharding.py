@@ -1,6 +1,6 @@
 """Devices: one mesh with the axes "data" and "model", logical names for array axes, one table from names to mesh axes.
 
-Models name the axes of their parameters by path (``models/transformer.py: LOGICAL_AXES``) and know nothing of meshes:
+Models name the axes of their parameters by path (``models/transformer.py: LOGICAL_AXES``) and know nothing of meshes::
 
     mesh = make_mesh(data=4, model=2)
     params = shard(params, mesh, LOGICAL_AXES)
@@ -64,8 +64,8 @@ def partition_spec(axes: tuple[str | None, ...], rules: Mapping[str, str | None]
       KeyError: a logical axis without a rule.
       ValueError: two axes of one array on the same mesh axis.
 
-    >>> partition_spec(("layer", "residual", "hidden"))
-    PartitionSpec(None, None, 'model')
+    >>> partition_spec(("layer", "residual", "hidden")) == PartitionSpec(None, None, "model")
+    True
     """
     for axis in axes:
         if axis is not None and axis not in rules:

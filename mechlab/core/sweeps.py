@@ -1,10 +1,13 @@
 """Sweeps: one function over a grid of edits, in chunks that fit memory, compiled once.
 
-cells = grid(layer=jnp.arange(12), position=jnp.arange(15))
-def effect(cell, params, clean):
-    patch = at(model.sites, "resid_post", Replace(clean), layer=cell["layer"], position=cell["position"])
-    return metric(model.apply({"params": params, "edits": patch}, tokens))
-heat_map = sweep(effect, cells, params, clean).reshape(12, 15)
+The cells may be indices that ``at`` takes, or stacked edits::
+
+    def effect(cell, params, clean):
+        patch = at(model.sites, "resid_post", Replace(clean), layer=cell["layer"], position=cell["position"])
+        return metric(model.apply({"params": params, "edits": patch}, tokens))
+
+    cells = grid(layer=jnp.arange(12), position=jnp.arange(15))
+    heat_map = sweep(effect, cells, params, clean).reshape(12, 15)
 """
 
 from __future__ import annotations

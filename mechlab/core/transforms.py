@@ -1,6 +1,6 @@
 """Weight-space methods: transforms of parameters, and adapters that train a small state instead of the parameters.
 
-A transform is any function ``params -> params``. An adapter is a pair in the style of optax:
+A transform is any function ``params -> params``. An adapter is a pair in the style of optax::
 
     lora = lora_adapter(rank=4)
     state = lora.init(key, params)

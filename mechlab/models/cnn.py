@@ -1,6 +1,6 @@
 """A small convolutional classifier with named sites.
 
-Sites, l = 0 .. number of convolutions - 1:
+Sites, l = 0 .. number of convolutions - 1::
 
     conv_pre.l   (B, X, Y, F_l)  3 x 3 convolution, same padding
     conv_act.l   (B, X, Y, F_l)  ReLU, before the 2 x 2 max-pooling; an edit here also gets ``context.pre``

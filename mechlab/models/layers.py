@@ -26,20 +26,20 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int 
     """``x @ kernel + bias`` in x's dtype.
 
     Args:
-      x: (..., *in).
-      kernel: (*in, *out), with ``inputs`` input axes.
-      bias: (*out,) or None.
+      x: ``(..., *in)``.
+      kernel: ``(*in, *out)``, with ``inputs`` input axes.
+      bias: ``(*out,)`` or None.
       inputs: number of input axes.
 
     Returns:
-      (..., *out).
+      ``(..., *out)``.
     """
     y = jnp.tensordot(x, kernel.astype(x.dtype), axes=inputs)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """Parameters of ``linear``: ``kernel`` (*in, *out) and, with ``use_bias``, ``bias`` (*out,)."""
+    """Parameters of ``linear``: ``kernel (*in, *out)`` and, with ``use_bias``, ``bias (*out,)``."""
 
     out: tuple[int, ...]
     inputs: int = 1

@@ -1,6 +1,6 @@
 """Multilayer perceptron with named sites: the smallest model, and the classifier of many image experiments.
 
-Sites, l = 0 .. number of hidden layers - 1 (layers are not scanned, their widths may differ):
+Sites, l = 0 .. number of hidden layers - 1 (layers are not scanned, their widths may differ)::
 
     mlp_pre.l   (B, F_l)  z_l = h_{l-1} W_l + b_l
     mlp_act.l   (B, F_l)  h_l = activation(z_l); an edit here also gets z_l, as ``context.pre``

@@ -1,6 +1,6 @@
 """The decoder transformer, layers scanned: GPT-2 and Llama shapes by configuration.
 
-Sites (scanned ones have a leading axis L; S is the key's position; F is the hidden width):
+Sites (scanned ones have a leading axis L; S is the key's position; F is the hidden width)::
 
     embed                       (B, T, D)
     resid_pre, resid_mid, resid_post, attn_out, mlp_out   (B, T, D)
@@ -8,8 +8,8 @@ Sites (scanned ones have a leading axis L; S is the key's position; F is the hid
     q, attn_z                   (B, T, H, K)   q after rotary positions; z before the output projection
     k, v                        (B, T, G, K)   G key-value heads; k after rotary positions
     attn_scores, attn_pattern   (B, H, T, S)   before and after the softmax
-    mlp_pre, mlp_act            (B, T, F)      before and after the activation; in a gated MLP pre is the gate's and act
-                                               the product that the down-projection reads
+    mlp_pre, mlp_act            (B, T, F)      before and after the activation; in a gated MLP the gate's, and the
+                                               product that the down-projection reads
     mlp_up                      (B, T, F)      gated MLPs only
     final_norm, logits          (B, T, D), (B, T, V)
 
@@ -111,7 +111,7 @@ class TransformerConfig:
 
 
 def gpt2(**sizes: Any) -> TransformerConfig:
-    """GPT-2's kind of decoder, GPT-2 small unless sizes are given: ``gpt2(layers=2, width=64, heads=4, hidden=256)``."""
+    """GPT-2's kind of decoder, GPT-2 small unless sizes are given: ``gpt2(layers=2, width=64, heads=4, hidden=99)``."""
     small: dict[str, Any] = {
         "vocabulary": 50257,
         "layers": 12,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import product
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import matplotlib
 import numpy as np
@@ -161,8 +161,7 @@ def legend(axes: Axes) -> None:
     above = (0.0, 1.0)
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=above, ncols=len(widths), borderaxespad=0.3)
     axes.set_title(axes.get_title(loc="left"), loc="left", pad=10 + 17 * rows)
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    figure = cast(Figure, axes.figure)
     figure.set_figheight(figure.get_figheight() + 0.24 * (rows - 1))
 
 
@@ -179,8 +178,7 @@ def name_points(
       names: (x, y) of the point by name, in data units.
       others: (x, y) of further points to keep clear of.
     """
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    figure = cast(Figure, axes.figure)
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())

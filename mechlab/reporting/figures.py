@@ -10,6 +10,7 @@ Axis letters: S seeds, N points of a curve, R rows, C columns.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ def curve_band(
         axes.fill_between(positions, low, high, color=colour, alpha=0.18, linewidth=0)
     if logx:
         axes.set_xscale("log")
+        if positions.size <= 8:
+            axes.set_xticks(positions, [f"{x:g}" for x in positions])
+            axes.minorticks_off()
     axes.margins(x=0.02)
     legend(axes)
     note(figure, _band_note({len(values) for values in runs.values()}))
@@ -221,7 +225,7 @@ def heat_map(
     if not colour_label.strip():
         raise ValueError("colour_label must say what the colours are, got an empty one")
     height = min(9.0, max(3.2, 1.4 + 0.36 * rows))
-    width = min(12.0, max(5.0, 2.4 + (0.62 if annotate else 0.36) * columns))
+    width = max(5.0, min(12.0, 2.4 + 0.66 * columns) if annotate else min(8.0, 2.4 + 0.36 * columns))
     figure, axes = canvas(title=title, width=width, height=height)
     label_axes(axes, xlabel=xlabel, ylabel=ylabel)
     largest = float(np.nanmax(np.abs(table)))
@@ -240,14 +244,15 @@ def heat_map(
             axes.tick_params(axis="x", labelrotation=45)
             for label in axes.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
-    bar = figure.colorbar(image, ax=axes, label=colour_label)
+    lines = textwrap.fill(colour_label, int(10 * (height - 0.8)))
+    bar = figure.colorbar(image, ax=axes, label=lines)
     bar.outline.set_visible(False)
     if annotate:
         for (row, column), value in np.ndenumerate(table):
             if np.isfinite(value):
                 brightness = np.dot((0.299, 0.587, 0.114), image.to_rgba(np.asarray(value))[:3])
                 ink = "black" if brightness > 0.5 else "white"
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=11)
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=10)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Training: a compiled loop over steps, mapped over runs, that stops on NaN and resumes exactly.
+"""Training: a compiled loop over steps, mapped over runs, that stops on NaN and resumes exactly::
 
     result = fit(key, loss, params, optax.adam(1e-3), shuffled({"x": x, "y": y}, 128), steps=1000)
 

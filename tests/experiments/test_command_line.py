@@ -288,7 +288,7 @@ def test_a_full_disk_at_the_end_is_one_line_and_the_run_can_go_on(folder, capsys
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.command_line.run.figures.save", full)
+        patch.setattr("experiments.command_line.run.write_json", full)
         assert run() == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert run() == 0
@@ -432,16 +432,16 @@ def test_report_makes_a_page_of_the_runs(folder, capsys):
 def test_bench_runs_a_module_of_the_bench_folder(folder, capsys, monkeypatch):
     bench = folder.parent / "code" / "bench"
     bench.mkdir()
-    (bench / "quick.py").write_text("def bench(preset, out): return {'preset': preset, 'out': str(out)}")
+    (bench / "quick.py").write_text("def bench(preset, out): print(preset, out, out.is_dir())")
     (bench / "run_all.py").write_text("def run_all(preset, out): return 3")
-    (bench / "_shared.py").write_text("")
+    (bench / "__init__.py").write_text("")
     monkeypatch.setattr("experiments.__main__.BENCHES", bench)
     monkeypatch.setattr(experiments, "__path__", [str(folder.parent / "code"), *experiments.__path__])
     for name in [name for name in sys.modules if name.startswith("experiments.bench")]:
         monkeypatch.delitem(sys.modules, name)
     try:
         assert call("bench", "quick", "--out", "there") == 0
-        assert json.loads(capsys.readouterr().out) == {"preset": "cpu", "out": "there"}
+        assert capsys.readouterr().out == "cpu there True\n"
         assert call("bench", "all") == 3
         assert 'Did you mean "quick"? Known: quick.' in refused(capsys, call("bench", "quik"))
     finally:
@@ -470,7 +470,10 @@ def test_what_needs_the_catalogue_only_does_not_import_jax(arguments):
 
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m experiments list | true; exit ${{PIPESTATUS[0]}}"
-    process = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert (process.returncode, process.stderr) == (0, "")
 
 

@@ -1,7 +1,7 @@
 """Dopamine: Brain Modes, Not Brains (Ghasemlou 2026, arXiv 2602.11726): TauGate, threshold-and-gain tuning.
 
 A frozen network is moved to a new mode by learning two numbers per hidden unit, a threshold tau (does the unit take
-part?) and a gain gamma (how strongly?). With pre-activation z, activation phi and a fixed sharpness s:
+part?) and a gain gamma (how strongly?). With pre-activation z, activation phi and a fixed sharpness s::
 
     soft  g = sigmoid(s (z - tau))        in training
     hard  g = 1[z > tau]                  at inference; a unit at z = tau is closed
@@ -103,7 +103,7 @@ def taugate_edits(
     _check(sharpness, lambda xp, s: xp.isfinite(s) & (s > 0), "sharpness must be positive and finite")
     gates = {}
     for name in state.train:
-        both = state.train[name] | state.fixed.get(name, {})
+        both = state.train[name] | dict(state.fixed).get(name, {})
         _check(both["threshold"], lambda xp, t: ~xp.isnan(t), f'the thresholds at "{name}" must not be NaN')
         gain = jax.nn.softplus(both["gain"]) if positive_gain else both["gain"]
         gates[name] = Gate(both["threshold"], gain, jnp.asarray(sharpness), hard, straight_through)
@@ -179,15 +179,15 @@ def activity(gates: Gates, pre: Mapping[str, Array]) -> dict[str, Array]:
       g > 0.9; ``units_strong``, units whose mean g over samples is above 0.9; ``units_often``, units open (z > tau) in
       more than half of the samples; ``relu``, pairs with z > 0.
     """
-    opened = jnp.concatenate([gate.open(pre[name]) for name, gate in gates.items()], -1)
-    takes_part = jnp.concatenate(list(taugate_to_mask(gates, pre).values()), -1)
-    positive = jnp.concatenate([pre[name] > 0 for name in gates], -1)
+    opened = [gate.open(pre[name]) for name, gate in gates.items()]
+    takes_part = taugate_to_mask(gates, pre).values()
+    pairs = jnp.concatenate([g.reshape(-1) for g in opened])
     return {
-        "pairs_half": (opened > 0.5).mean(),
-        "pairs_strong": (opened > 0.9).mean(),
-        "units_strong": (opened.mean(0) > 0.9).mean(),
-        "units_often": (takes_part.mean(0) > 0.5).mean(),
-        "relu": positive.mean(),
+        "pairs_half": (pairs > 0.5).mean(),
+        "pairs_strong": (pairs > 0.9).mean(),
+        "units_strong": (jnp.concatenate([g.mean(0) for g in opened]) > 0.9).mean(),
+        "units_often": (jnp.concatenate([g.mean(0) for g in takes_part]) > 0.5).mean(),
+        "relu": (jnp.concatenate([pre[name].reshape(-1) for name in gates]) > 0).mean(),
     }
 
 
@@ -226,7 +226,7 @@ def class_contribution(h: Float[Array, "B F"], kernel: Float[Array, "F C"]) -> F
 
 
 def rank_units(h: Float[Array, "B F"], kernel: Float[Array, "F C"], logits: Float[Array, "B C"]) -> Int[Array, "B F"]:
-    """Per sample, the units of the last hidden layer sorted by |h_i W[i, predicted class]|, strongest first."""
+    """Per sample, the units of the last hidden layer sorted by ``|h_i W[i, predicted class]|``, strongest first."""
     predicted = logits.argmax(-1)
     return jnp.argsort(-jnp.abs(h * kernel.T[predicted]), axis=-1, stable=True)
 

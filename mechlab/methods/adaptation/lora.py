@@ -1,6 +1,6 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv 2106.09685).
 
-A kernel W stays frozen; its change has rank r:
+A kernel W stays frozen; its change has rank r::
 
     W' = W + (alpha / r) A B,    A (in, r) random, B (r, out) zero,    so that W' = W before training.   (section 4.1)
 

@@ -1,0 +1,56 @@
+"""The benchmarks run at smoke size, agree with their peers, and are all listed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import run_all
+
+
+def run(name, folder):
+    record = importlib.import_module(f"experiments.bench.{name}").bench("smoke", folder)
+    assert set(json.loads((folder / f"{name}.json").read_text())) == set(record)
+    return record
+
+
+def test_core_sweeps_as_the_loop_does(tmp_path):
+    record = run("core", tmp_path)
+    assert record["sweep"]["5"]["largest difference"] < 1e-5
+    assert set(record["compile"]) == {"2", "4"}
+
+
+def test_training_ends_where_its_loop_ends(tmp_path):
+    assert run("training", tmp_path)["largest difference in the trained parameters"] < 1e-5
+
+
+@pytest.mark.slow
+def test_device_checks_pass_on_the_cpu(tmp_path):
+    record = run("device", tmp_path)
+    assert record["passed"], record["checks"]
+
+
+def test_every_benchmark_is_run_by_all_within_nine_minutes():
+    folder = Path(run_all.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")} - {"run_all"}
+    assert modules == set(list(run_all.LIMITS))
+    assert sum(run_all.LIMITS.values()) < 9 * 60
+
+
+def test_without_an_accelerator_all_says_what_it_would_run(tmp_path, capsys):
+    assert run_all.run_all("accel", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "No accelerator" in printed
+    assert all(f"bench {name} --preset accel" in printed for name in list(run_all.LIMITS))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_benchmark_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "LIMITS", {"no_such": 60, "device": 1})
+    assert run_all.run_all("smoke", tmp_path) == 1
+    found = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
+    assert found["no_such"]["status"].startswith("failed")
+    assert found["device"]["status"] == "stopped at its limit of 1 s"

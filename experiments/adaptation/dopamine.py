@@ -130,7 +130,8 @@ PRESETS: dict[str, Config] = {
 
 def resolve(config: Config) -> Config:
     """The same configuration with ``data="auto"`` decided: a record names its data, and a resumed run keeps it."""
-    return dataclasses.replace(config, data=load_images(config.data).name)
+    found: Any = load_images(config.data).name
+    return dataclasses.replace(config, data=found)
 
 
 def run(key: jax.Array, config: Config, log: Log) -> Result:

@@ -20,6 +20,7 @@ residual site, (H, K) at ``attn_z``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mechlab.core.sites import Context, SiteTable
+from mechlab.core.sites import Context, SiteTable, require_edit
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ Edit = Any
 
 
 def summarise(edit: Any) -> str:
-    """One readable line: ``Placed(edit=Add(value=float32[768]), gate=[0 0 1])`` instead of pages of numbers."""
+    """One readable line: ``Placed(edit=Add(value=float32[768]), gate=[0. 0. 1.])`` instead of pages of numbers."""
     fields = ((f.name, getattr(edit, f.name)) for f in dataclasses.fields(edit))
     return f"{type(edit).__name__}({', '.join(f'{name}={_short(x)}' for name, x in fields if x is not None)})"
 
@@ -159,7 +160,8 @@ class Noise:
     """``x + scale * n`` with standard normal n.
 
     Where the site has positions, the noise of a token depends on the key, the batch row and the absolute position only,
-    so that a cached decoding step draws what the full forward drew there.
+    so that a cached decoding step draws what the full forward drew there. At sites with an axis S every (query, key)
+    pair has its own draw, keyed by the index of the key.
     """
 
     key: jax.Array
@@ -168,16 +170,21 @@ class Noise:
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         if context.positions is None:
             return x + self.scale * jax.random.normal(self.key, x.shape, jnp.float32)
-        rows, time = x.shape[0], context.axes.index("T")
-        positions = jnp.broadcast_to(context.positions, (rows, x.shape[time]))
-        rest = x.shape[1:time] + x.shape[time + 1 :]
+        axes, rows = context.axes, x.shape[0]
+        positions = jnp.broadcast_to(context.positions, (rows, x.shape[axes.index("T")]))
+        per_token = tuple(size for axis, size in zip(axes, x.shape, strict=True) if axis not in "BTS")
 
-        def one_token(row: jax.Array, position: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(jax.random.fold_in(self.key, row), position)
-            return jax.random.normal(key, rest, jnp.float32)
+        def draw(*numbers: jax.Array) -> jax.Array:
+            key = functools.reduce(jax.random.fold_in, numbers, self.key)
+            return jax.random.normal(key, per_token, jnp.float32)
 
-        noise = jax.vmap(jax.vmap(one_token, (None, 0)))(jnp.arange(rows), positions)
-        return x + self.scale * jnp.moveaxis(noise, 1, time)
+        over_tokens = jax.vmap(jax.vmap(draw, (None, 0)))
+        if "S" not in axes:
+            noise = over_tokens(jnp.arange(rows), positions)
+            return x + self.scale * jnp.moveaxis(noise, 1, axes.index("T"))
+        keys = jnp.arange(x.shape[axes.index("S")])
+        over_pairs = jax.vmap(jax.vmap(jax.vmap(draw, (None, None, 0)), (None, 0, None)), (0, 0, None))
+        return x + self.scale * jnp.moveaxis(over_pairs(jnp.arange(rows), positions, keys), (1, 2), (-2, -1))
 
 
 @edit
@@ -243,7 +250,8 @@ def at(
     """Place an edit: ``{site name: edit}`` for ``model.apply({"params": ..., "edits": ...}, ...)``.
 
     Every index may be a traced array, so ``jax.vmap(lambda l, p: run(at(sites, name, edit, layer=l, position=p)))`` is
-    a layer x position sweep. Concrete indices are checked.
+    a layer x position sweep. Concrete indices are checked; a traced one that
+    is out of range gives NaN.
 
     Args:
       sites: ``model.sites``.
@@ -261,8 +269,10 @@ def at(
 
     Raises:
       KeyError: unknown site.
-      ValueError: an index out of range, or ``layer`` where the site has no layers.
+      TypeError: not an edit, or an index that is not a whole number.
+      ValueError: an index out of range, no index at all, an empty span, or ``layer`` where the site has no layers.
     """
+    require_edit(name, edit)
     entries = sites.named(name)
     first = entries[0]
     limits: dict[str, Any] = _intervals(position, span)
@@ -368,16 +378,29 @@ def _intervals(position: Any, span: tuple[Any, Any] | None) -> dict[str, Any]:
     if position is not None and span is not None:
         raise ValueError("give position= or span=, not both.")
     if span is not None:
-        start, stop = (jnp.asarray(x)[..., None] for x in span)
+        if not any(isinstance(bound, jax.core.Tracer) for bound in span):
+            first, last = (_whole(bound, "span") for bound in span)
+            if (first < 0).any() or (first >= last).any():
+                raise ValueError(f"span must be (start, stop) with 0 <= start < stop, got {span}.")
+        start, stop = (jnp.asarray(bound)[..., None] for bound in span)
         return {"start": start, "stop": stop}
-    positions = jnp.atleast_1d(jnp.asarray(position))
-    if not isinstance(position, jax.core.Tracer) and (np.asarray(position) < 0).any():
+    if not isinstance(position, jax.core.Tracer) and (_whole(position, "position") < 0).any():
         raise ValueError(f"position counts from the start of the text and cannot be negative, got {position}.")
+    positions = jnp.atleast_1d(jnp.asarray(position))
     return {"start": positions, "stop": positions + 1}
 
 
+def _whole(index: Any, kind: str) -> np.ndarray:
+    numbers = np.atleast_1d(np.asarray(index))
+    if numbers.size == 0:
+        raise ValueError(f"{kind} must name at least one, got {index}.")
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise TypeError(f"{kind} must be whole numbers, got {index}.")
+    return numbers
+
+
 def _indices(index: Any, size: int, kind: str, name: str) -> list[int]:
-    numbers = [int(i) for i in np.atleast_1d(np.asarray(index))]
+    numbers = [int(i) for i in _whole(index, kind)]
     for i in numbers:
         if not -size <= i < size:
             raise ValueError(f'{kind} {i} is out of range: site "{name}" has {size} {kind}s (0..{size - 1}).')
@@ -387,7 +410,10 @@ def _indices(index: Any, size: int, kind: str, name: str) -> list[int]:
 def _hot(index: Any, size: int, kind: str, name: str) -> jax.Array:
     if not isinstance(index, jax.core.Tracer):
         index = np.asarray(_indices(index, size, kind, name))
-    return (jnp.arange(size) == jnp.atleast_1d(index)[:, None]).any(0).astype(jnp.float32)
+    index = jnp.atleast_1d(index)
+    hot = (jnp.arange(size) == jnp.where(index < 0, index + size, index)[:, None]).any(0)
+    # A traced index cannot be refused; out of range it must not look like an edit without effect.
+    return jnp.where(((index >= -size) & (index < size)).all(), hot.astype(jnp.float32), jnp.nan)
 
 
 def _short(x: Any) -> str:

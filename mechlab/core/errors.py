@@ -25,8 +25,9 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     >>> did_you_mean("qqq", ["resid_pre"])
     ''
     """
-    near = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return f' Did you mean "{near[0]}"?' if near else ""
+    folded = {option.casefold(): option for option in options}
+    near = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.5)
+    return f' Did you mean "{folded[near[0]]}"?' if near else ""
 
 
 def unknown(kind: str, word: str, options: Iterable[str]) -> UnknownName:

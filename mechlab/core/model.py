@@ -14,7 +14,8 @@ The Flax module stays private behind this; everything that comes in or goes out 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +41,16 @@ class Model:
 
     def init(self, key: jax.Array) -> Any:
         """Random parameters: a nested dictionary of arrays, stacked along a leading axis L where layers are scanned."""
-        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), self.example)
-        return self.module.init(key, *zeros)["params"]
+        return _compiled_init(self)(key)
 
     @property
     def sites(self) -> SiteTable:
         """The model's sites; batch and position sizes are those of ``example``."""
         return list_sites(self.module, *self.example)
+
+    def sites_for(self, *inputs: Any) -> SiteTable:
+        """The model's sites with the shapes that they have for these inputs; nothing is computed."""
+        return list_sites(self.module, *inputs)
 
     def apply(self, variables: Variables, *inputs: Any) -> Any:
         """Run the model.
@@ -84,7 +88,7 @@ class Model:
         nested = self.nested(variables, *inputs)
         if not sites:
             return self.module.apply(nested, *inputs), {}
-        table = list_sites(self.module, *inputs)
+        table = self.sites_for(*inputs)
         names = [entry.name for name in sites for entry in table.named(name)]
         request = {"acts": nest(table, dict.fromkeys(names))}
         output, kept = self.module.apply(nested | request, *inputs, mutable=["acts"])
@@ -96,12 +100,21 @@ class Model:
         Raises:
           As ``apply``.
         """
+        for leaf in jax.tree.leaves(inputs):
+            if not hasattr(leaf, "shape"):
+                raise TypeError(f"inputs must be arrays, got a {type(leaf).__name__}; convert with jnp.asarray.")
         for collection in variables:
             if collection not in ("params", "edits"):
                 raise unknown("collection", collection, ("params", "edits"))
         edits = variables.get("edits")
         if not edits:
             return {"params": variables["params"]}
-        table = list_sites(self.module, *inputs)
+        table = self.sites_for(*inputs)
         check_edits(table, edits)
         return {"params": variables["params"], "edits": nest(table, edits)}
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_init(model: Model) -> Callable[[jax.Array], Any]:
+    zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), model.example)
+    return jax.jit(lambda key: model.module.init(key, *zeros)["params"])

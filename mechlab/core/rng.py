@@ -28,7 +28,7 @@ def stream(key: jax.Array, *names: str | int) -> jax.Array:
     >>> bool(stream(root, "init") == stream(root, "data"))
     False
     """
-    _require_typed(key)
+    require_typed(key)
     for name in names:
         key = jax.random.fold_in(key, _stable_hash(name) if isinstance(name, str) else name)
     return key
@@ -53,11 +53,18 @@ def streams(key: jax.Array, names: str) -> tuple[jax.Array, ...]:
     return tuple(stream(key, name) for name in listed)
 
 
+def require_typed(key: jax.Array) -> None:
+    """Refuse anything but a typed key from ``jax.random.key``.
+
+    Raises:
+      TypeError: for a legacy ``uint32`` key, a number, or anything else.
+    """
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+        given = f"an array of dtype {dtype}" if dtype is not None else repr(key)
+        raise TypeError(f"expected a typed key from jax.random.key, got {given}.")
+
+
 def _stable_hash(name: str) -> int:
     # Python's own hash() differs between processes.
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-
-
-def _require_typed(key: jax.Array) -> None:
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"expected a typed key from jax.random.key, got an array of dtype {key.dtype}.")

@@ -46,6 +46,8 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     Raises:
       ValueError: if data x model is more than there are devices, or ``model`` does not divide their number.
     """
+    if model < 1 or (data is not None and data < 1):
+        raise ValueError(f"a mesh needs at least one device along each axis, got data={data}, model={model}.")
     available = jax.device_count()
     if data is None:
         if available % model:

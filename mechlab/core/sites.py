@@ -245,8 +245,7 @@ def check_edits(table: SiteTable, edits: Mapping[str, Any]) -> None:
     """
     for name, edit in edits.items():
         entry = table[name]
-        if not callable(edit):
-            raise TypeError(f'the edit at site "{name}" must be callable as edit(value, context), got {type(edit)}.')
+        require_edit(name, edit)
         one_layer = edit
         if entry.layers is not None:
             for keys, leaf in jax.tree.leaves_with_path(edit):
@@ -260,6 +259,22 @@ def check_edits(table: SiteTable, edits: Mapping[str, Any]) -> None:
         jax.eval_shape(
             functools.partial(_shape_only, name, entry.context.axes), one_layer, entry.value, _arrays(entry.context)
         )
+
+
+def require_edit(name: str, edit: Any) -> None:
+    """Refuse what is not an edit: it must be callable, and a pytree of arrays.
+
+    Raises:
+      TypeError: naming the site and what came.
+    """
+    if not callable(edit):
+        raise TypeError(f'the edit at site "{name}" must be callable as edit(value, context), got {type(edit)}.')
+    for leaf in jax.tree.leaves(edit):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(
+                f'the edit at site "{name}" must be a pytree of arrays (a flax.struct.dataclass with __call__), but it '
+                f"holds a {type(leaf).__name__}."
+            )
 
 
 def nest(table: SiteTable, flat: Mapping[str, Any]) -> dict[str, Any]:

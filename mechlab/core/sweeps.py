@@ -98,7 +98,7 @@ def zero_probes(sites: SiteTable, *names: str) -> dict[str, Add]:
     ``sum(gradient * (clean - corrupted))`` is attribution patching.
 
     Args:
-      sites: the table for the inputs at hand: ``list_sites(model.module, tokens)``.
+      sites: the table for the inputs at hand: ``model.sites_for(tokens)``.
       *names: the sites.
 
     Returns:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from mechlab.core.errors import unknown
+from mechlab.core.errors import did_you_mean
 from mechlab.core.model import Model, Variables
 from mechlab.core.sites import LAYER_AXES, site
 from mechlab.models.layers import ACTIVATIONS, Linear, Norm, attention, rotate_positions
@@ -83,7 +83,13 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        problems = []
+        problems = [
+            f"{name}={value} must be at least 1"
+            for name in ("vocabulary", "layers", "width", "heads", "hidden", "context", "kv_heads", "head_width")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if problems:
+            raise ValueError(f"TransformerConfig: {'; '.join(problems)}.")
         if self.head_width is None and self.width % self.heads:
             problems.append(f"heads={self.heads} does not divide width={self.width}; give head_width")
         if self.heads % self.n_kv_heads:
@@ -94,10 +100,12 @@ class TransformerConfig:
             problems.append(f'norm must be "layer" or "rms", got "{self.norm}"')
         if self.positions not in ("learned", "rotary"):
             problems.append(f'positions must be "learned" or "rotary", got "{self.positions}"')
+        if self.activation not in ACTIVATIONS:
+            problems.append(f'activation "{self.activation}" is unknown{did_you_mean(self.activation, ACTIVATIONS)}')
+        if self.dtype not in ("float32", "bfloat16", "float16", "float64"):
+            problems.append(f'dtype must be a floating-point type such as "bfloat16", got "{self.dtype}"')
         if problems:
             raise ValueError(f"TransformerConfig: {'; '.join(problems)}.")
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation", self.activation, ACTIVATIONS)
 
     @property
     def n_kv_heads(self) -> int:
@@ -136,7 +144,7 @@ def transformer(config: TransformerConfig) -> Model:
     A position of -1 marks padding: no token attends to it. Left and right padding give the same numbers at the real
     tokens. Output: logits (B, T, V) float32.
     """
-    return Model(_Decoder(config), (jax.ShapeDtypeStruct((1, 2), jnp.int32),))
+    return Model(_Decoder(config), (jax.ShapeDtypeStruct((1, min(2, config.context)), jnp.int32),))
 
 
 def run_layers(
@@ -169,9 +177,20 @@ def run_layers(
     return jax.lax.fori_loop(start, config.layers, layer, resid)
 
 
-def unembed(model: Model, variables: Variables, resid: jax.Array) -> jax.Array:
-    """Final norm and logits (B, T', V) float32 of a residual stream (B, T', D), any positions of it."""
-    logits: Any = model.module.apply({"params": variables["params"]}, resid, method="read_out")
+def unembed(model: Model, variables: Variables, resid: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    """Final norm and logits of a residual stream, any positions of it; edits at these two sites apply.
+
+    Args:
+      model: from ``transformer``.
+      variables: params and edits, as for ``model.apply``.
+      resid: (B, T', D).
+      positions: absolute positions of the T', needed by edits that are limited to positions.
+
+    Returns:
+      (B, T', V) float32.
+    """
+    nested = model.nested(variables, jax.ShapeDtypeStruct(resid.shape[:2], jnp.int32))
+    logits: Any = model.module.apply(nested, resid, positions, method="read_out")
     return logits
 
 
@@ -296,6 +315,16 @@ def _check_inputs(config: TransformerConfig, tokens: Any, positions: Any) -> Non
         raise ValueError(f"tokens must be integers of shape (B, T), got {tokens.dtype}{tokens.shape}.")
     if positions is None and tokens.shape[1] > config.context:
         raise ValueError(f"{tokens.shape[1]} tokens are longer than the model's context of {config.context}.")
+    if positions is not None:
+        if positions.shape not in (tokens.shape, tokens.shape[1:]) or not jnp.issubdtype(positions.dtype, jnp.integer):
+            raise ValueError(
+                f"positions must be integers of shape (T,) or (B, T) for tokens {tokens.shape}, got "
+                f"{positions.dtype}{positions.shape}."
+            )
+        if not isinstance(positions, jax.core.Tracer):
+            low, high = np.asarray(positions).min(), np.asarray(positions).max()
+            if low < -1 or high >= config.context:
+                raise ValueError(f"positions must be in -1..{config.context - 1}, the context, got {low}..{high}.")
     if not isinstance(tokens, jax.core.Tracer) and tokens.size:
         low, high = np.asarray(tokens).min(), np.asarray(tokens).max()
         if low < 0 or high >= config.vocabulary:

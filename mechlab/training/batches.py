@@ -11,6 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class _Keys:
+    """Keys as numbers: slicing a typed key inside a loop counts as using it, for jax's check of reused keys."""
+
+    data: jax.Array
+    impl: Any = struct.field(pytree_node=False)
 
 
 class Batches(NamedTuple):
@@ -43,6 +52,7 @@ def shuffled(data: Any, batch: int, rows: jax.Array | None = None) -> Batches:
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(data)}
     if len(sizes) != 1:
         raise ValueError(f"shuffled: arrays must have one common length, got {sorted(sizes)}.")
+    data = jax.tree.map(jnp.asarray, data)  # NumPy arrays cannot be indexed by a traced plan
     n = next(iter(sizes)) if rows is None else rows.shape[0]
     if not 1 <= batch <= n:
         raise ValueError(f"shuffled: batch must be between 1 and the {n} examples, got {batch}.")
@@ -63,10 +73,11 @@ def shuffled(data: Any, batch: int, rows: jax.Array | None = None) -> Batches:
 def generated(sample: Callable[[jax.Array], Any]) -> Batches:
     """Fresh batches from a generator: ``sample(key) -> batch``, a new key every step."""
 
-    def plan(key: jax.Array, first: jax.Array, count: int) -> jax.Array:
-        return jax.vmap(lambda step: jax.random.fold_in(key, step))(first + jnp.arange(count))
+    def plan(key: jax.Array, first: jax.Array, count: int) -> _Keys:
+        keys = jax.vmap(lambda step: jax.random.fold_in(key, step))(first + jnp.arange(count))
+        return _Keys(jax.random.key_data(keys), jax.random.key_impl(key))
 
-    return Batches(plan, sample)
+    return Batches(plan, lambda keys: sample(jax.random.wrap_key_data(keys.data, impl=keys.impl)))
 
 
 def numbered(batches: Batches) -> Batches:

@@ -5,6 +5,7 @@ orbax and safetensors are imported where they are used: ``import mechlab.trainin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -51,12 +52,18 @@ class Checkpoints:
           ValueError: if what was saved has another structure or other shapes.
         """
         try:
-            return self._manager.restore(step, args=self._args.StandardRestore(like))
+            restored = self._manager.restore(step, args=self._args.StandardRestore(like))
+            # orbax itself compares no shapes of NumPy arrays.
+            for (path, x), wanted in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(like), strict=True):
+                if np.shape(x) != np.shape(wanted):
+                    name = jax.tree_util.keystr(path)
+                    raise ValueError(f"{name} has shape {np.shape(x)}, expected {np.shape(wanted)}.")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint of step {step} in {self._manager.directory} was made by another configuration: "
                 f"{str(error).splitlines()[0]} Use another folder, or remove that one."
             ) from error
+        return restored
 
     def close(self) -> None:
         """Release the folder."""
@@ -120,8 +127,8 @@ def _describe(node: Any, path: str, tensors: dict[str, np.ndarray]) -> Any:
     if isinstance(node, jax.Array) and jax.dtypes.issubdtype(node.dtype, jax.dtypes.prng_key):
         tensors[path] = np.asarray(jax.random.key_data(node))
         return {"key": path, "impl": str(jax.random.key_impl(node))}
-    if isinstance(node, jax.Array | np.ndarray):
-        tensors[path] = np.ascontiguousarray(node)
+    if isinstance(node, jax.Array | np.ndarray | np.generic):
+        tensors[path] = np.asarray(node, order="C")
         return {"tensor": path}
     if isinstance(node, tuple | list):
         return {"tuple": [_describe(x, f"{path}/{i}", tensors) for i, x in enumerate(node)]}
@@ -152,9 +159,10 @@ def _find_class(name: str, known: Mapping[str, type]) -> type:
         return known[name]
     module, _, qualified = name.partition(":")
     if module.split(".")[0] == "mechlab":
-        found = getattr(importlib.import_module(module), qualified, None)
-        if isinstance(found, type) and hasattr(found, "__dataclass_fields__"):
-            return found
+        with contextlib.suppress(ModuleNotFoundError):
+            found = getattr(importlib.import_module(module), qualified, None)
+            if isinstance(found, type) and hasattr(found, "__dataclass_fields__"):
+                return found
     raise unknown("edit class", name, [*known, "those of mechlab"])
 
 

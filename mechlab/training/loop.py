@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mechlab.core.rng import require_typed
 from mechlab.core.sharding import LogicalAxes, shardings
 from mechlab.training.batches import Batches
 from mechlab.training.checkpoints import Checkpoints
@@ -77,12 +78,17 @@ class Progress(Protocol):
 
 
 class NonFiniteLoss(FloatingPointError):
-    """Training met a NaN or infinite loss. ``step`` is the first such step, ``lanes`` the runs concerned."""
+    """Training met a NaN or infinity, in the loss or in the updated parameters.
 
-    def __init__(self, name: str, step: int, lanes: list[int], kept: int | None) -> None:
+    Attributes:
+      step: the first step with such a loss; if every loss is finite, the last step of the segment.
+      lanes: the runs concerned, with ``fit_many``.
+    """
+
+    def __init__(self, name: str, what: str, step: int, lanes: list[int], kept: int | None) -> None:
         where = f" in lanes {lanes}" if lanes else ""
         last = f"the last good checkpoint is of step {kept}" if kept is not None else "there is no checkpoint yet"
-        super().__init__(f"{name}: the loss is not finite at step {step}{where}; {last}.")
+        super().__init__(f"{name}: {what} not finite at step {step}{where}; {last}.")
         self.step, self.lanes = step, lanes
 
 
@@ -121,6 +127,7 @@ def fit(
       NonFiniteLoss: NaN or infinity; the last good checkpoint is kept.
       ValueError: ``steps`` < 1, or a checkpoint of another configuration.
     """
+    require_typed(key)
     job = Job(loss, params, optimiser, batches)
     start = _initial_state(job)
     placement = None
@@ -162,6 +169,7 @@ def fit_many(
     Raises:
       As ``fit``; also ValueError if keys and lanes differ in length, or S does not divide over the mesh.
     """
+    require_typed(keys)
     lengths = {np.shape(leaf)[:1] for leaf in (keys, *jax.tree.leaves(lanes))}
     if len(lengths) != 1 or lengths == {()}:
         raise ValueError(f"fit_many: keys and lanes must have one common leading axis, got {lengths}.")
@@ -169,7 +177,8 @@ def fit_many(
         if keys.shape[0] % mesh.shape["data"]:
             raise ValueError(f"fit_many: {keys.shape[0]} lanes do not divide over {mesh.shape['data']} devices.")
         keys, lanes = jax.device_put((keys, lanes), NamedSharding(mesh, PartitionSpec("data")))
-    start = jax.jit(jax.vmap(lambda lane: _initial_state(build(lane))))(lanes)
+    # The key is mapped along because lanes may hold no array at all: then only the seed differs.
+    start = jax.jit(jax.vmap(lambda key, lane: _initial_state(build(lane)), axis_size=len(keys)))(keys, lanes)
     segment = _segment_length(steps, segment)
 
     def one(key: jax.Array, lane: Any, state: _State, first: jax.Array, count: jax.Array) -> Any:
@@ -203,7 +212,7 @@ def _segment_length(steps: int, segment: int | None) -> int:
 
 def _segment(
     key: jax.Array, state: _State, first: Any, count: Any, job: Job, size: int, record: Callable[[Any], Any] | None
-) -> tuple[_State, Any, Any]:
+) -> tuple[_State, Any, jax.Array, Any]:
     """Up to ``size`` steps; ``count`` of them are made. A loop of traced length compiles once for all segments."""
     plan = job.batches.plan(key, first, size)
     gradient = jax.value_and_grad(lambda params, batch: _with_aux(job.loss(params, batch)), has_aux=True)
@@ -222,7 +231,9 @@ def _segment(
     shapes = jax.eval_shape(lambda: step(state.params, state.opt_state, one)[1])
     history = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
     state, history = jax.lax.fori_loop(0, count, body, (state, history))
-    return state, history, record(state.params) if record is not None else None
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(state.params) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    measured = record(state.params) if record is not None else None
+    return state, history, jnp.stack(finite).all() if finite else jnp.asarray(True), measured
 
 
 def _with_aux(output: Any) -> tuple[jax.Array, Any]:
@@ -251,7 +262,7 @@ def _drive(
     records = None
     if record is not None:
         slots = -(-steps // segment) + 1
-        records = jax.tree.map(lambda x: np.zeros((*x.shape[:axis], slots, *x.shape[axis:]), x.dtype), shapes[2])
+        records = jax.tree.map(lambda x: np.zeros((*x.shape[:axis], slots, *x.shape[axis:]), x.dtype), shapes[3])
         _write(records, record(start.params), axis, 0)
     state, done = start, 0
     try:
@@ -267,9 +278,10 @@ def _drive(
                 update(done)
             while done < steps:
                 count = min(segment, steps - done)
-                state, new, measured = run(key, state, done, count)
+                state, new, finite, measured = run(key, state, done, count)
                 new = jax.tree.map(lambda x, n=count: np.take(np.asarray(x), np.arange(n), axis), new)
-                _refuse_non_finite(name, new[0], done, many, store.latest() if store is not None else None)
+                kept = store.latest() if store is not None else None
+                _refuse_non_finite(name, new[0], np.atleast_1d(finite), done, many, kept)
                 _write(history, new, axis, slice(done, done + count))
                 if record is not None:
                     _write(records, measured, axis, done // segment + 1)
@@ -304,10 +316,13 @@ def _write(tree: Any, new: Any, axis: int, where: Any) -> None:
         target[(slice(None),) * axis + (where,)] = np.asarray(x)
 
 
-def _refuse_non_finite(name: str, losses: np.ndarray, first: int, many: bool, kept: int | None) -> None:
-    bad = ~np.isfinite(losses)
-    if not bad.any():
+def _refuse_non_finite(
+    name: str, losses: np.ndarray, finite: np.ndarray, first: int, many: bool, kept: int | None
+) -> None:
+    bad = np.atleast_2d(~np.isfinite(losses))
+    if not bad.any() and finite.all():
         return
-    over_lanes = bad.any(0) if many else bad
-    lanes = [int(i) for i in np.flatnonzero(bad.any(1))] if many else []
-    raise NonFiniteLoss(name, first + int(np.argmax(over_lanes)), lanes, kept)
+    lanes = [int(i) for i in np.flatnonzero(bad.any(1) | ~finite)] if many else []
+    if bad.any():
+        raise NonFiniteLoss(name, "the loss is", first + int(np.argmax(bad.any(0))), lanes, kept)
+    raise NonFiniteLoss(name, "the updated parameters are", first + bad.shape[1] - 1, lanes, kept)

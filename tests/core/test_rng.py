@@ -72,7 +72,6 @@ def test_duplicate_names_are_refused(names: str) -> None:
         streams(jax.random.key(0), names)
 
 
-@pytest.mark.xfail(strict=True, reason="a plain number fails with AttributeError: no attribute dtype")
 def test_a_number_instead_of_a_key_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match="typed key"):
-        stream(0, "init")  # type: ignore[arg-type]
+        stream(0, "init")

@@ -27,7 +27,9 @@ def test_the_suite_has_eight_devices() -> None:
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize("data, model, shape", [(None, 1, (8, 1)), (None, 2, (4, 2)), (2, 2, (2, 2)), (1, 8, (1, 8))])
+@pytest.mark.parametrize(
+    "data, model, shape", [(None, 1, (8, 1)), (None, 2, (4, 2)), (2, 2, (2, 2)), (1, 8, (1, 8))]
+)
 def test_make_mesh_fills_the_devices(data: int | None, model: int, shape: tuple[int, int]) -> None:
     mesh = make_mesh(data, model)
     assert mesh.axis_names == ("data", "model")
@@ -42,7 +44,6 @@ def test_make_mesh_refuses_what_the_devices_do_not_allow() -> None:
         make_mesh(model=3)
 
 
-@pytest.mark.xfail(strict=True, reason="0 and negative numbers of devices end in ZeroDivisionError or an empty mesh")
 @pytest.mark.parametrize("data, model", [(None, 0), (0, 1), (-1, 1), (None, -2)])
 def test_make_mesh_refuses_less_than_one_device(data: int | None, model: int) -> None:
     with pytest.raises(ValueError, match=r"data|model"):
@@ -60,7 +61,7 @@ def test_partition_spec_follows_the_rules() -> None:
 def test_partition_spec_refuses_a_mesh_axis_used_twice() -> None:
     with pytest.raises(ValueError, match=r"\('hidden', 'head'\) would use a mesh axis twice"):
         partition_spec(("hidden", "head"))
-    with pytest.raises(KeyError, match='unknown logical axis "heads".*Did you mean "head"'):
+    with pytest.raises(KeyError, match=r'unknown logical axis "heads".*Did you mean "head"'):
         partition_spec(("heads",))
 
 
@@ -81,7 +82,9 @@ def test_every_logical_axis_pattern_matches_and_has_the_rank_of_its_leaf(kind: s
     for pattern, names in LOGICAL_AXES.items():
         for leaf in select.matching(params, pattern).values():
             assert leaf.ndim == len(names), pattern
-    unnamed = set(select.paths(params)) - {p for pattern in LOGICAL_AXES for p in select.matching(params, pattern)}
+    unnamed = set(select.paths(params)) - {
+        p for pattern in LOGICAL_AXES for p in select.matching(params, pattern)
+    }
     assert all("norm" in path or path.endswith(("o/bias", "down/bias")) for path in unnamed)
 
 
@@ -113,9 +116,8 @@ def test_the_first_matching_pattern_counts_and_a_wrong_rank_is_refused() -> None
         shardings(tree, mesh, {"a": ("batch",)})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_sharded_decoder_equals_one_device(kind: str) -> None:
-    model, params = decoder(kind)
+def test_a_sharded_decoder_equals_one_device() -> None:
+    model, params = decoder("llama")
     mesh = make_mesh(data=4, model=2)
     tokens = jnp.tile(TOKENS, (4, 1))
     edits = at(model.sites, "resid_post", Add(jnp.linspace(-1, 1, 16)), layer=1, position=2)
@@ -123,9 +125,11 @@ def test_a_sharded_decoder_equals_one_device(kind: str) -> None:
     @jax.jit
     def run(params: Any, tokens: jax.Array, edits: Any) -> Any:
         logits, acts = model.capture({"params": params, "edits": edits}, tokens, sites=("mlp_act",))
-        return logits, acts["mlp_act"], jax.grad(
-            lambda p: jnp.square(model.apply({"params": p, "edits": edits}, tokens)).mean()
-        )(params)
+        return (
+            logits,
+            acts["mlp_act"],
+            jax.grad(lambda p: jnp.square(model.apply({"params": p, "edits": edits}, tokens)).mean())(params),
+        )
 
     placed = shard(params, mesh, LOGICAL_AXES)
     q = placed["blocks"]["attn"]["q"]["kernel"]

@@ -1,6 +1,7 @@
 """The decoder once more, slowly: float64 NumPy, a plain loop over layers, heads and nothing from mechlab.
 
-``change`` maps (site, layer) to a function of the activation; layer is None at ``embed``, ``final_norm``, ``logits``.
+``change`` maps (site, layer) to a function of the activation; layer is None at ``embed``, ``final_norm`` and
+``logits``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,10 @@ def forward(
             return site(name, value, layer)
 
         x = here("resid_pre", x)
-        x = here("resid_mid", x + _attention(one["attn"], _norm(one["norm_attn"], x, config), positions, config, here))
+        x = here(
+            "resid_mid",
+            x + _attention(one["attn"], _norm(one["norm_attn"], x, config), positions, config, here),
+        )
         x = here("resid_post", x + _mlp(one["mlp"], _norm(one["norm_mlp"], x, config), config, here))
     x = site("final_norm", _norm(p["final_norm"], x, config))
     table = p["embed"]["tokens"].T if config.tied else p["unembed"]["kernel"]

@@ -1,4 +1,4 @@
-"""What sites cost: nothing where nobody edits or reads, one array where one is read, the same program at any depth."""
+"""What sites cost: nothing unused, one array where one is read, and the same program at any depth."""
 
 from __future__ import annotations
 
@@ -96,11 +96,15 @@ def test_attention_scores_are_formed_only_for_those_who_use_them(
     table = list_sites(model.module, TOKENS)
     fused = jax.nn.dot_product_attention
     calls: list[int] = []
-    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kw: calls.append(1) or fused(*args, **kw))
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda *args, **kw: calls.append(1) or fused(*args, **kw)
+    )
 
     def uses_fused(sites: tuple[str, ...] = (), edits: Any = None) -> bool:
         calls.clear()
-        jax.make_jaxpr(lambda p: model.capture({"params": p, "edits": edits or {}}, TOKENS, sites=sites))(params)
+        jax.make_jaxpr(lambda p: model.capture({"params": p, "edits": edits or {}}, TOKENS, sites=sites))(
+            params
+        )
         return bool(calls)
 
     inside = {"attn_scores", "attn_pattern"}

@@ -1,4 +1,4 @@
-"""Every site of the decoder against the same change made by hand in a float64 forward with a plain loop over layers."""
+"""Every site of the decoder against the same change made by hand in a plain float64 forward."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def assert_same_acts(got: dict[str, jax.Array], wanted: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_activation_equals_the_reference(kind: str) -> None:
     model, params = decoder(kind)
-    logits, acts = jax.jit(lambda p, t: model.capture({"params": p}, t, sites=tuple(table(kind))))(params, TOKENS)
+    logits, acts = jax.jit(lambda p, t: model.capture({"params": p}, t, sites=tuple(table(kind))))(
+        params, TOKENS
+    )
     wanted, wanted_acts = forward(params, TOKENS, CONFIGS[kind])
     assert set(acts) == set(wanted_acts)
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
@@ -101,7 +103,10 @@ def test_edit_equals_the_same_change_by_hand(kind: str, name: str) -> None:
         return at(table(kind), name, edit, **(limits | heads | layers))
 
     length = TOKENS.shape[1]
-    units, heads = range(entry.value.shape[-1]), range(dict(zip(axes, entry.value.shape, strict=True)).get("H", 0))
+    units, heads = (
+        range(entry.value.shape[-1]),
+        range(dict(zip(axes, entry.value.shape, strict=True)).get("H", 0)),
+    )
     narrow = place(layer=LAYER, span=(3, 4), head=1, unit=1)
     wide = place(layer=range(CONFIGS[kind].layers), span=(0, length), head=heads, unit=units)
     layers = range(CONFIGS[kind].layers) if entry.layers is not None else [None]
@@ -122,9 +127,14 @@ def test_unplaced_edit_changes_every_layer(kind: str) -> None:
     model, params = decoder(kind)
     edits = {"mlp_out": Scale(jnp.asarray([0.5, 1.0, 2.0]))}
     wanted, _ = forward(
-        params, TOKENS, CONFIGS[kind], {("mlp_out", i): lambda x, i=i: x * (0.5, 1.0, 2.0)[i] for i in range(3)}
+        params,
+        TOKENS,
+        CONFIGS[kind],
+        {("mlp_out", i): lambda x, i=i: x * (0.5, 1.0, 2.0)[i] for i in range(3)},
     )
-    np.testing.assert_allclose(model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(
+        model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -155,7 +165,9 @@ def test_probe_gradients_equal_finite_differences_at_every_site(kind: str) -> No
 
             # A masked score is -1e30: moving it changes nothing, in both.
             wanted = (moved(step) - moved(-step)) / (2 * step)
-            np.testing.assert_allclose(gradient[place], wanted, rtol=1e-3, atol=1e-4, err_msg=f"{name} {place}")
+            np.testing.assert_allclose(
+                gradient[place], wanted, rtol=1e-3, atol=1e-4, err_msg=f"{name} {place}"
+            )
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

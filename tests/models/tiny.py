@@ -1,4 +1,4 @@
-"""Tiny decoders of both kinds with parameters that leave nothing at its neutral value (biases, norm scales)."""
+"""Tiny decoders of both kinds, no parameter of them at its neutral value (biases, norm scales)."""
 
 from __future__ import annotations
 

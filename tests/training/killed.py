@@ -1,4 +1,4 @@
-"""Train with checkpoints in a folder and die, without warning, after a given step: ``python -m ... FOLDER STEP``."""
+"""Train with checkpoints in a folder and die after a given step: ``python -m ... FOLDER STEP``."""
 
 from __future__ import annotations
 

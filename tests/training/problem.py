@@ -39,7 +39,10 @@ def loss(params: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 
 def record(params: Any) -> dict[str, jax.Array]:
-    return {"norm": sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params)), "bias": params["layer_1"]["bias"]}
+    return {
+        "norm": sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(params)),
+        "bias": params["layer_1"]["bias"],
+    }
 
 
 def batches(batch: int = 8) -> Batches:

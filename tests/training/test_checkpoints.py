@@ -45,7 +45,9 @@ EDITS: dict[str, Any] = {
     "noise per layer": Noise(jax.random.split(jax.random.key(3), 2), jnp.ones(2)),
     "chain": Chain((Add(jnp.ones(3)), Chain((Scale(2.0), Gate(jnp.ones(3), jnp.ones(3)))))),
     "empty chain": Chain(()),
-    "placed": Placed(Add(jnp.ones((3, 2))), gate=jnp.eye(3)[1], start=jnp.ones((3, 1), int), head=jnp.ones((3, 4))),
+    "placed": Placed(
+        Add(jnp.ones((3, 2))), gate=jnp.eye(3)[1], start=jnp.ones((3, 1), int), head=jnp.ones((3, 4))
+    ),
 }
 
 
@@ -86,14 +88,14 @@ def test_every_edit_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["edits.safetensors"]
 
 
-@pytest.mark.xfail(strict=True, reason="np.ascontiguousarray makes a (1,) array of a scalar")
-@pytest.mark.parametrize("edit", [Add(jnp.float32(2)), Add(jnp.asarray(True)), project_out(jnp.ones(3))], ids=repr)
+@pytest.mark.parametrize(
+    "edit", [Add(jnp.float32(2)), Add(jnp.asarray(True)), project_out(jnp.ones(3))], ids=repr
+)
 def test_a_scalar_array_comes_back_as_a_scalar_array(edit: Any, tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": edit})
     assert_same(load_edits(tmp_path / "edits")[0]["logits"], edit)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy scalars other than float64 are refused as text")
 def test_a_numpy_scalar_can_be_saved(tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": Scale(np.float32(2))})
     assert load_edits(tmp_path / "edits")[0]["logits"].factor == 2
@@ -128,7 +130,9 @@ def rewrite(path: Path, old: str, new: str) -> None:
     save_file(load_file(path), path, metadata=header)
 
 
-@pytest.mark.parametrize("name", ["os:system", "mechlab.core.edits:at", "mechlab.core.edits:Addd", "builtins:eval"])
+@pytest.mark.parametrize(
+    "name", ["os:system", "mechlab.core.edits:at", "mechlab.core.edits:Addd", "builtins:eval"]
+)
 def test_a_file_cannot_name_anything_but_an_edit(name: str, tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": Add(jnp.ones(2))})
     rewrite(tmp_path / "edits", "mechlab.core.edits:Add", name)
@@ -136,7 +140,6 @@ def test_a_file_cannot_name_anything_but_an_edit(name: str, tmp_path: Path) -> N
         load_edits(tmp_path / "edits")
 
 
-@pytest.mark.xfail(strict=True, reason="a module that does not exist: ModuleNotFoundError")
 def test_a_class_of_an_unknown_mechlab_module_is_refused(tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": Add(jnp.ones(2))})
     rewrite(tmp_path / "edits", "mechlab.core.edits:Add", "mechlab.methods.gone:Add")
@@ -171,7 +174,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r'"logits/value" is a dict'):
-        save_edits(tmp_path / "edits", {"logits": Add({"a": jnp.ones(2)})})  # type: ignore[arg-type]
+        save_edits(tmp_path / "edits", {"logits": Add({"a": jnp.ones(2)})})
     assert not list(tmp_path.iterdir())
 
 
@@ -228,12 +231,11 @@ OTHERS: dict[str, Any] = {
 def test_a_checkpoint_of_another_structure_is_refused(other: str, tmp_path: Path) -> None:
     store = Checkpoints(tmp_path)
     store.save(7, SAVED)
-    with pytest.raises(ValueError, match="step 7 .* was made by another configuration"):
+    with pytest.raises(ValueError, match=r"step 7 .* was made by another configuration"):
         store.restore(7, OTHERS[other])
     store.close()
 
 
-@pytest.mark.xfail(strict=True, reason="orbax compares no shapes of NumPy arrays: the saved shape comes back")
 @pytest.mark.parametrize("length", [3, 5])
 def test_a_host_array_of_another_shape_is_refused(length: int, tmp_path: Path) -> None:
     store = Checkpoints(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line instead of printing the usage first."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"error: {message} (see {self.prog} --help)\n")
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2])) if choice else ""
+        self.exit(USAGE_ERROR, f"error: {message}.{near} See {self.prog} --help.\n")
 
 
 def main(argv: Sequence[str] | None = None, systems: Sequence[System] = SYSTEMS) -> int:

@@ -489,6 +489,7 @@ def test_a_static_field_is_no_leaf() -> None:
     assert len(jax.tree.leaves(Named(2.0))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class is deprecated")
 def test_edits_render_in_treescope() -> None:
     treescope = pytest.importorskip("treescope")
     model, _ = decoder("gpt2")

@@ -30,6 +30,11 @@ from mechlab.core.edits import (
 from mechlab.training.checkpoints import Checkpoints, load_edits, save_edits
 from tests.models.tiny import TOKENS, decoder
 
+# After a refused checkpoint orbax may close its event loop before its last reader has answered.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
 EDITS: dict[str, Any] = {
     "add": Add(jnp.arange(6.0).reshape(2, 3)),
     "add bfloat16": Add(jnp.arange(6.0, dtype=jnp.bfloat16)),

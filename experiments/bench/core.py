@@ -38,7 +38,7 @@ class Size:
     hidden: int = 3072
     vocabulary: int = 50257
     tokens: tuple[int, ...] = (15,)
-    repeats: int = 5
+    repeats: int = 3
     depths: tuple[int, ...] = (2, 8, 32)
     loop_layers: int = 12
 
@@ -48,7 +48,7 @@ SIZES = {
         layers=3, width=32, heads=4, hidden=64, vocabulary=101, tokens=(5,), repeats=2, depths=(2, 4), loop_layers=3
     ),
     "cpu": Size(),
-    "accel": Size(tokens=(15, 64, 256), repeats=10),
+    "accel": Size(tokens=(15, 64, 256), repeats=5),
 }
 
 

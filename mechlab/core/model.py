@@ -116,5 +116,10 @@ class Model:
 
 @functools.lru_cache(maxsize=64)
 def _compiled_init(model: Model) -> Callable[[jax.Array], Any]:
-    zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), model.example)
-    return jax.jit(lambda key: model.module.init(key, *zeros)["params"])
+    @jax.jit
+    def init(key: jax.Array) -> Any:
+        # Made in here: outside, a caller's own trace would leak into the cached function.
+        zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), model.example)
+        return model.module.init(key, *zeros)["params"]
+
+    return init

@@ -233,6 +233,7 @@ def test_noise_on_attention_scores_depends_on_row_and_position_only() -> None:
     whole = noise(jnp.zeros((2, 3, 7, 7)), Context(axes, jnp.arange(7)))
     shorter = noise(jnp.zeros((2, 3, 5, 5)), Context(axes, jnp.arange(5)))
     np.testing.assert_array_equal(shorter, whole[:, :, :5, :5])
+    assert len(np.unique(whole)) == whole.size  # rows, heads, queries and keys all differ
 
 
 def test_noise_at_several_layers_draws_another_key_per_layer() -> None:

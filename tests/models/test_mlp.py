@@ -149,3 +149,11 @@ def test_a_perceptron_without_hidden_layers_is_linear() -> None:
     np.testing.assert_allclose(
         model.apply({"params": params}, X), X @ params["layer_0"]["kernel"], rtol=1e-5, atol=1e-6
     )
+
+
+def test_init_under_jit_leaves_nothing_behind_for_the_next_call() -> None:
+    model = mlp(MLPConfig(widths=(4, 6, 2), activation="silu"))
+    first = jax.jit(model.init)(jax.random.key(0))
+    again = jax.jit(lambda key: model.init(key))(jax.random.key(0))
+    for one in (again, model.init(jax.random.key(0))):
+        jax.tree.map(np.testing.assert_array_equal, one, first)

@@ -1,0 +1,1 @@
+"""Worlds that generate data from a key."""

@@ -8,6 +8,7 @@ in a loop, both with our edit in it and with no edit at all (nothing to patch: t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from experiments.bench._timing import compile_seconds, describe, interleave, rat
 from mechlab.core.edits import Add, Replace, at
 from mechlab.core.model import Model
 from mechlab.methods.circuits.patching import patch_residual
-from mechlab.models import layers, transformer
+from mechlab.models import blocks, layers, transformer
 from mechlab.reporting.results import write_json
 
 
@@ -185,7 +186,9 @@ def _without_sites(function: Callable[..., Any], *inputs: Any) -> Any:
     def untouched(module: Any, name: str, value: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         return value
 
-    with mock.patch.object(transformer, "site", untouched), mock.patch.object(layers, "site", untouched):
+    with contextlib.ExitStack() as stack:
+        for each in (transformer, blocks, layers):
+            stack.enter_context(mock.patch.object(each, "site", untouched))
         return jax.jit(function).lower(*inputs).compile()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -19,7 +18,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
+
+NORMS = ("layer", "rms", "rms_plus_one")
 
 
 def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
@@ -55,7 +57,10 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (``kind="layer"``) or RMSNorm (``kind="rms"``) over the last axis, computed in float32."""
+    """LayerNorm ("layer") or RMSNorm ("rms") over the last axis, computed in float32.
+
+    "rms_plus_one" multiplies with 1 + scale, so that a scale of 0 is neutral (and bfloat16 resolves it near there).
+    """
 
     kind: str
     eps: float
@@ -68,33 +73,62 @@ class Norm(nn.Module):
         if self.kind == "layer":
             wide = wide - wide.mean(-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
-        wide = wide * self.param("scale", nn.initializers.ones, (width,))
+        if self.kind == "rms_plus_one":
+            wide = wide * (1 + self.param("scale", nn.initializers.zeros, (width,)).astype(jnp.float32))
+        else:
+            wide = wide * self.param("scale", nn.initializers.ones, (width,))
         if self.kind == "layer" and self.use_bias:
             wide = wide + self.param("bias", nn.initializers.zeros, (width,))
         return wide.astype(x.dtype)
 
 
-def rotate_positions(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, half-split: channel i is paired with i + K/2 (arXiv 2104.09864, eq. 34).
+def rotation(positions: jax.Array, frequencies: jax.Array, amplitude: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of rotary position embedding (arXiv 2104.09864, eq. 34), for ``rotate``.
 
     Args:
-      x: (B, T, H, K), K even.
       positions: (T,) or (B, T) absolute positions.
-      theta: base of the wavelengths.
+      frequencies: (R / 2,) radians per token.
+      amplitude: factor on the result of ``rotate``.
 
     Returns:
-      (B, T, H, K) in x's dtype; angles are computed in float32, because bfloat16 cannot count past 256.
+      Two arrays (..., T, 1, R / 2) float32, because bfloat16 cannot count past 256.
     """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    cos, sin = (f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    angle = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return amplitude * jnp.cos(angle), amplitude * jnp.sin(angle)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turn the first R channels of every head, half-split: channel i is paired with i + R/2; the others pass.
+
+    Args:
+      x: (B, T, H, K).
+      cos_sin: from ``rotation``, (..., T, 1, R / 2).
+
+    Returns:
+      (B, T, H, K) in x's dtype, computed in float32.
+    """
+    cos, sin = cos_sin
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], -1)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """``cap * tanh(x / cap)``, or x where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attention(
-    module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, allowed: jax.Array, positions: jax.Array
+    module: nn.Module,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    allowed: jax.Array,
+    positions: jax.Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Softmax attention with the sites ``attn_scores`` and ``attn_pattern``, fused when nobody uses them.
 
@@ -104,15 +138,19 @@ def attention(
       k, v: (B, S, G, K) with G key-value heads, G divides H.
       allowed: (B or 1, 1, T, S) bool: which keys a query may see.
       positions: of the queries, (T,) or (B, T).
+      scale: factor on the scores, 1 / sqrt(K) by default.
+      cap: soft cap of the scaled scores; never fused.
 
     Returns:
       (B, T, H, K).
     """
-    if not in_use(module, "attn_scores", "attn_pattern"):
-        return jax.nn.dot_product_attention(q, k, v, mask=allowed)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if cap is None and not in_use(module, "attn_scores", "attn_pattern"):
+        return jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scale)
     repeats = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    scores = site(module, "attn_scores", jnp.where(allowed, scores, MASKED), "B H T S", positions=positions)
+    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.where(allowed, softcap(scores, cap), MASKED)
+    scores = site(module, "attn_scores", scores, "B H T S", positions=positions)
     pattern = site(module, "attn_pattern", jax.nn.softmax(scores, -1), "B H T S", positions=positions)
     return jnp.einsum("bhts,bshk->bthk", pattern.astype(v.dtype), v)

@@ -12,7 +12,7 @@ import pytest
 
 from mechlab.core.edits import Add, Scale, at
 from mechlab.core.sites import list_sites
-from mechlab.models import layers, transformer
+from mechlab.models import blocks, layers, transformer
 from mechlab.models.transformer import gpt2, llama
 from tests.models.tiny import CONFIGS, TOKENS, decoder
 
@@ -40,7 +40,7 @@ def test_without_edits_the_program_is_that_of_a_model_without_sites(
     empty = compiled(lambda p, t: model.apply({"params": p, "edits": {}}, t), params, TOKENS)
     nothing_kept = compiled(lambda p, t: model.capture({"params": p}, t, sites=())[0], params, TOKENS)
     edited = compiled(lambda p, t: model.apply({"params": p, "edits": no_layer}, t), params, TOKENS)
-    for module in (transformer, layers):
+    for module in (transformer, blocks, layers):
         monkeypatch.setattr(module, "site", lambda module, name, value, axes, **context: value)
     monkeypatch.setattr(layers, "in_use", lambda module, *names: False)
     bare = compiled(lambda p, t: model.apply({"params": p}, t), params, TOKENS)

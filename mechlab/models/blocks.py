@@ -1,0 +1,159 @@
+"""The transformer block, scanned over layers: one compiled block for every family, of text and of images.
+
+What differs between layers (which of them have a window) is an array that is scanned along with the parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from mechlab.core.sites import LAYER_AXES, site
+from mechlab.models.layers import ACTIVATIONS, Linear, Norm, attention, rotate, rotation
+from mechlab.models.transformer_config import TransformerConfig
+
+
+@struct.dataclass
+class View:
+    """What the queries of a layer see of the text.
+
+    Attributes:
+      allowed: (B or 1, 1, T, S) bool, which keys.
+      cos_sin: rotation of queries and keys, (B or 1, T, 1, R / 2) each, or None.
+    """
+
+    allowed: jax.Array
+    cos_sin: tuple[jax.Array, jax.Array] | None = None
+
+
+def views(config: TransformerConfig, positions: jax.Array) -> tuple[View, ...]:
+    """The view of every kind of layer: one, or where some layers have a window that of the others and then theirs.
+
+    Args:
+      config: of the blocks.
+      positions: (T,) or (B, T) absolute positions; -1 is padding, which no query sees.
+
+    Returns:
+      One or two views.
+    """
+    rows = jnp.atleast_2d(positions)
+    query, key = rows[:, None, :, None], rows[:, None, None, :]
+    seen = (key >= 0) & ((key <= query) | (not config.causal))
+
+    def view(local: bool) -> View:
+        allowed = seen & (key > query - config.window) if local and config.window is not None else seen
+        if config.positions == "learned":
+            return View(allowed)
+        frequencies, amplitude = config.frequencies(local=local), config.amplitude(local=local)
+        return View(allowed, rotation(rows, jnp.asarray(frequencies, jnp.float32), amplitude))
+
+    kinds = {False: len(config.windowed) < config.layers, True: bool(config.windowed)}
+    return tuple(view(local) for local, present in kinds.items() if present)
+
+
+def local_layers(config: TransformerConfig) -> jax.Array:
+    """(L,) bool: which layers use the last view."""
+    return jnp.asarray(np.isin(np.arange(config.layers), config.windowed))
+
+
+def stacked(config: TransformerConfig, name: str | None = None) -> Any:
+    """All blocks as one module: ``(x, positions, views, local_layers) -> (x, None)``; parameters lead with axis L."""
+    scanned = nn.scan(
+        Block,
+        variable_axes={**LAYER_AXES},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, nn.broadcast, 0),
+        length=config.layers,
+    )
+    return scanned(config, name=name)
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream, ``(x, positions, views, local) -> (x, None)``."""
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, views: tuple[View, ...], local: jax.Array
+    ) -> tuple[jax.Array, None]:
+        config = self.config
+        view = views[0] if len(views) == 1 else jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
+        post = config.norm_order == "post"
+
+        x = site(self, "resid_pre", x, "B T D", positions=positions)
+        norm = _norm(config, "norm_attn")
+        out = _Attention(config, name="attn")(x if post else norm(x), positions, view)
+        if config.hidden is None:
+            x = norm(x + out) if post else x + out
+            return site(self, "resid_post", x, "B T D", positions=positions), None
+
+        read = x
+        x = norm(x + out) if post else x + out
+        if not config.parallel:
+            read = x = site(self, "resid_mid", x, "B T D", positions=positions)
+        norm = _norm(config, "norm_mlp")
+        out = _MLP(config, config.hidden, name="mlp")(read if post else norm(read), positions)
+        x = norm(x + out) if post else x + out
+        return site(self, "resid_post", x, "B T D", positions=positions), None
+
+
+class _Attention(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array, view: View) -> jax.Array:
+        config = self.config
+        x = site(self, "attn_in", x, "B T D", positions=positions)
+
+        def project(name: str, heads: int) -> jax.Array:
+            read = site(self, f"{name}_in", x, "B T D", positions=positions)
+            return Linear((heads, config.d_head), use_bias=config.has_bias("qkv"), name=name)(read)
+
+        q, k, v = project("q", config.heads), project("k", config.n_kv_heads), project("v", config.n_kv_heads)
+        if config.qk_norm:
+            q, k = _norm(config, "norm_q")(q), _norm(config, "norm_k")(k)
+        if view.cos_sin is not None:
+            q, k = rotate(q, view.cos_sin), rotate(k, view.cos_sin)
+        q = site(self, "q", q, "B T H K", positions=positions)
+        k = site(self, "k", k, "B T H K", positions=positions)
+        v = site(self, "v", v, "B T H K", positions=positions)
+        z = attention(self, q, k, v, view.allowed, positions, scale=config.attn_scale, cap=config.attn_softcap)
+        z = site(self, "attn_z", z, "B T H K", positions=positions)
+        out = Linear((config.width,), inputs=2, use_bias=config.has_bias("o"), name="o")(z)
+        if config.norm_order == "sandwich":
+            out = _norm(config, "norm_out")(out)
+        return site(self, "attn_out", out, "B T D", positions=positions)
+
+
+class _MLP(nn.Module):
+    config: TransformerConfig
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        config = self.config
+        x = site(self, "mlp_in", x, "B T D", positions=positions)
+
+        def project(name: str) -> jax.Array:
+            return Linear((self.hidden,), use_bias=config.has_bias("mlp"), name=name)(x)
+
+        up = project("up")
+        if config.gated:
+            up = site(self, "mlp_up", up, "B T F", positions=positions)
+        pre = site(self, "mlp_pre", project("gate") if config.gated else up, "B T F", positions=positions)
+        act = ACTIVATIONS[config.activation](pre)
+        act = site(self, "mlp_act", act * up if config.gated else act, "B T F", positions=positions, pre=pre)
+        out = Linear((config.width,), use_bias=config.has_bias("mlp"), name="down")(act)
+        if config.norm_order == "sandwich":
+            out = _norm(config, "norm_out")(out)
+        return site(self, "mlp_out", out, "B T D", positions=positions)
+
+
+def _norm(config: TransformerConfig, name: str | None = None) -> Any:
+    return Norm(config.norm, config.norm_eps, config.has_bias("norm"), name=name)

@@ -19,6 +19,23 @@ from mechlab.models.transformer_config import TransformerConfig
 
 
 @struct.dataclass
+class Cache:
+    """Keys and values of the tokens that a decoder has read: what generation must not compute again.
+
+    Slot s belongs to position s of the text, so a query at position p sees slots 0 .. p and nothing else: what stands in
+    later slots does not matter, and going back in a text is no more than going on from an earlier position.
+
+    Attributes:
+      k, v: (L, B, S, G, K); S slots.
+      embed: (B, S, D), the token embeddings, for models whose embeddings are convolved; else None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    embed: jax.Array | None = None
+
+
+@struct.dataclass
 class View:
     """What the queries of a layer see of the text.
 
@@ -31,18 +48,20 @@ class View:
     cos_sin: tuple[jax.Array, jax.Array] | None = None
 
 
-def views(config: TransformerConfig, positions: jax.Array) -> tuple[View, ...]:
+def views(config: TransformerConfig, positions: jax.Array, slots: int | None = None) -> tuple[View, ...]:
     """The view of every kind of layer: one, or where some layers have a window that of the others and then theirs.
 
     Args:
       config: of the blocks.
-      positions: (T,) or (B, T) absolute positions; -1 is padding, which no query sees.
+      positions: (T,) or (B, T) absolute positions of the queries; -1 is padding, which no query sees.
+      slots: S, where the keys are those of a cache; by default they are those of the queries' own tokens.
 
     Returns:
       One or two views.
     """
     rows = jnp.atleast_2d(positions)
-    query, key = rows[:, None, :, None], rows[:, None, None, :]
+    keys = rows if slots is None else jnp.arange(slots)[None]
+    query, key = rows[:, None, :, None], keys[:, None, None, :]
     seen = (key >= 0) & ((key <= query) | (not config.causal))
 
     def view(local: bool) -> View:
@@ -56,13 +75,11 @@ def views(config: TransformerConfig, positions: jax.Array) -> tuple[View, ...]:
     return tuple(view(local) for local, present in kinds.items() if present)
 
 
-def local_layers(config: TransformerConfig) -> jax.Array:
-    """(L,) bool: which layers use the last view."""
-    return jnp.asarray(np.isin(np.arange(config.layers), config.windowed))
-
-
 def stacked(config: TransformerConfig, name: str | None = None) -> Any:
-    """All blocks as one module: ``(x, positions, views, local_layers) -> (x, None)``; parameters lead with axis L."""
+    """All blocks as one module, ``((x, cache), positions, views, layers)`` as in ``Block``, with layers 0 .. L-1.
+
+    Parameters lead with axis L.
+    """
     scanned = nn.scan(
         Block,
         variable_axes={**LAYER_AXES},
@@ -74,24 +91,31 @@ def stacked(config: TransformerConfig, name: str | None = None) -> Any:
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream, ``(x, positions, views, local) -> (x, None)``."""
+    """Attention and MLP around the residual stream: ``((x, cache), positions, views, layer) -> ((x, cache), None)``.
+
+    The cache may be None. It is carried along whole and written in place: slices of it would be copied in every step.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, views: tuple[View, ...], local: jax.Array
-    ) -> tuple[jax.Array, None]:
+        self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, views: tuple[View, ...], layer: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
         config = self.config
-        view = views[0] if len(views) == 1 else jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
+        x, cache = carry
+        view = views[0]
+        if len(views) == 2:
+            local = jnp.asarray(np.isin(np.arange(config.layers), config.windowed))[layer]
+            view = jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
         post = config.norm_order == "post"
 
         x = site(self, "resid_pre", x, "B T D", positions=positions)
         norm = _norm(config, "norm_attn")
-        out = _Attention(config, name="attn")(x if post else norm(x), positions, view)
+        out, cache = _Attention(config, name="attn")(x if post else norm(x), positions, view, cache, layer)
         if config.hidden is None:
             x = norm(x + out) if post else x + out
-            return site(self, "resid_post", x, "B T D", positions=positions), None
+            return (site(self, "resid_post", x, "B T D", positions=positions), cache), None
 
         read = x
         x = norm(x + out) if post else x + out
@@ -100,14 +124,16 @@ class Block(nn.Module):
         norm = _norm(config, "norm_mlp")
         out = _MLP(config, config.hidden, name="mlp")(read if post else norm(read), positions)
         x = norm(x + out) if post else x + out
-        return site(self, "resid_post", x, "B T D", positions=positions), None
+        return (site(self, "resid_post", x, "B T D", positions=positions), cache), None
 
 
 class _Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, view: View) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, view: View, cache: Cache | None, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         x = site(self, "attn_in", x, "B T D", positions=positions)
 
@@ -123,12 +149,27 @@ class _Attention(nn.Module):
         q = site(self, "q", q, "B T H K", positions=positions)
         k = site(self, "k", k, "B T H K", positions=positions)
         v = site(self, "v", v, "B T H K", positions=positions)
+        if cache is not None:
+            cache = cache.replace(k=write(cache.k, k, positions, layer), v=write(cache.v, v, positions, layer))
+            k, v = cache.k[layer], cache.v[layer]
         z = attention(self, q, k, v, view.allowed, positions, scale=config.attn_scale, cap=config.attn_softcap)
         z = site(self, "attn_z", z, "B T H K", positions=positions)
         out = Linear((config.width,), inputs=2, use_bias=config.has_bias("o"), name="o")(z)
         if config.norm_order == "sandwich":
             out = _norm(config, "norm_out")(out)
-        return site(self, "attn_out", out, "B T D", positions=positions)
+        return site(self, "attn_out", out, "B T D", positions=positions), cache
+
+
+def write(slots: jax.Array, values: jax.Array, positions: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """The slots (L, B, S, ...) of a cache, or (B, S, ...), with values (B, T, ...) written at positions (B, T).
+
+    Nothing is written for padding, position -1.
+    """
+    rows = jnp.arange(values.shape[0])[:, None]
+    # A negative index would count from the end; one past the end is dropped.
+    where = jnp.where(positions < 0, slots.shape[-values.ndim + 1], positions)
+    at = slots.at[rows, where] if layer is None else slots.at[layer, rows, where]
+    return at.set(values.astype(slots.dtype), mode="drop")
 
 
 class _MLP(nn.Module):

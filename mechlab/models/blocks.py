@@ -5,6 +5,7 @@ What differs between layers (which of them have a window) is an array that is sc
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from mechlab.models.transformer_config import TransformerConfig
 class Cache:
     """Keys and values of the tokens that a decoder has read: what generation must not compute again.
 
-    Slot s belongs to position s of the text, so a query at position p sees slots 0 .. p and nothing else: what stands in
-    later slots does not matter, and going back in a text is no more than going on from an earlier position.
+    Slot s belongs to position s of the text, so a query at position p sees slots 0 .. p and nothing else: what stands
+    in later slots does not matter, and going back in a text is no more than going on from an earlier position.
 
     Attributes:
       k, v: (L, B, S, G, K); S slots.
@@ -139,7 +140,8 @@ class _Attention(nn.Module):
 
         def project(name: str, heads: int) -> jax.Array:
             read = site(self, f"{name}_in", x, "B T D", positions=positions)
-            return Linear((heads, config.d_head), use_bias=config.has_bias("qkv"), name=name)(read)
+            wide = (heads, config.d_head)
+            return Linear(wide, use_bias=config.has_bias("qkv"), init_std=config.init_std, name=name)(read)
 
         q, k, v = project("q", config.heads), project("k", config.n_kv_heads), project("v", config.n_kv_heads)
         if config.qk_norm:
@@ -150,11 +152,13 @@ class _Attention(nn.Module):
         k = site(self, "k", k, "B T H K", positions=positions)
         v = site(self, "v", v, "B T H K", positions=positions)
         if cache is not None:
-            cache = cache.replace(k=write(cache.k, k, positions, layer), v=write(cache.v, v, positions, layer))
+            k, v = (write(*pair, positions, layer) for pair in ((cache.k, k), (cache.v, v)))
+            cache = dataclasses.replace(cache, k=k, v=v)
             k, v = cache.k[layer], cache.v[layer]
         z = attention(self, q, k, v, view.allowed, positions, scale=config.attn_scale, cap=config.attn_softcap)
         z = site(self, "attn_z", z, "B T H K", positions=positions)
-        out = Linear((config.width,), inputs=2, use_bias=config.has_bias("o"), name="o")(z)
+        biased = config.has_bias("o")
+        out = Linear((config.width,), inputs=2, use_bias=biased, init_std=config.init_std, name="o")(z)
         if config.norm_order == "sandwich":
             out = _norm(config, "norm_out")(out)
         return site(self, "attn_out", out, "B T D", positions=positions), cache
@@ -179,10 +183,11 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config
+        biased = config.has_bias("mlp")
         x = site(self, "mlp_in", x, "B T D", positions=positions)
 
         def project(name: str) -> jax.Array:
-            return Linear((self.hidden,), use_bias=config.has_bias("mlp"), name=name)(x)
+            return Linear((self.hidden,), use_bias=biased, init_std=config.init_std, name=name)(x)
 
         up = project("up")
         if config.gated:
@@ -190,7 +195,7 @@ class _MLP(nn.Module):
         pre = site(self, "mlp_pre", project("gate") if config.gated else up, "B T F", positions=positions)
         act = ACTIVATIONS[config.activation](pre)
         act = site(self, "mlp_act", act * up if config.gated else act, "B T F", positions=positions, pre=pre)
-        out = Linear((config.width,), use_bias=config.has_bias("mlp"), name="down")(act)
+        out = Linear((config.width,), use_bias=biased, init_std=config.init_std, name="down")(act)
         if config.norm_order == "sandwich":
             out = _norm(config, "norm_out")(out)
         return site(self, "mlp_out", out, "B T D", positions=positions)

@@ -228,9 +228,9 @@ def stream(
     Yields:
       What a new token adds to the text. Put together it is the decoded text, without the prompt.
     """
-    ids = np.asarray(tokenizer.encode(prompt), np.int32)[None]
-    texts = begin(model, variables, ids, steps=steps)
-    shown = tokenizer.decode(ids[0].tolist())
+    ids = tokenizer.encode(prompt)
+    texts = begin(model, variables, jnp.asarray([ids], jnp.int32), steps=steps)
+    shown = tokenizer.decode(ids)
     for _ in range(steps):
         texts = advance(
             model, variables, texts, key, steps=1, temperature=temperature, top_k=top_k, top_p=top_p, stop=stop

@@ -21,6 +21,7 @@ Parameters: kernels are (in, out), attention kernels q, k, v (L, D, H, K) and o 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -227,7 +228,7 @@ class _Embed(nn.Module):
             for back in range(1, len(self.conv) + 1):
                 earlier = jnp.take_along_axis(slots, jnp.maximum(positions - back, 0)[..., None], axis=1)
                 total = total + jnp.where((positions >= back)[..., None], earlier, 0) * self.conv[back - 1]
-            return total, cache.replace(embed=slots)
+            return total, dataclasses.replace(cache, embed=slots)
         rows = jnp.broadcast_to(positions, x.shape[:2])
         for back in range(1, min(len(self.conv), x.shape[1] - 1) + 1):
             # Padding to the left is no earlier token, whatever its embedding.

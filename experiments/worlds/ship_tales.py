@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from experiments.command_line.directories import CHECKPOINTS
-from mechlab.models.shipped import SIZES, WEIGHTS
+from mechlab.models.subjects import SIZES, WEIGHTS
 
 MOST_BYTES = 8_000_000
 

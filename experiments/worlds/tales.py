@@ -33,7 +33,7 @@ from mechlab.core.model import Model
 from mechlab.core.rng import stream
 from mechlab.data.worlds import tales
 from mechlab.models import hub
-from mechlab.models.shipped import SHAPES
+from mechlab.models.subjects import SHAPES
 from mechlab.models.transformer import llama, transformer
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
@@ -48,7 +48,7 @@ class Config:
     """One run.
 
     Attributes:
-      sizes: of ``models.shipped.SHAPES``.
+      sizes: of ``models.subjects.SHAPES``.
       list_steps, focus_steps, plain_steps: updates in the three parts of training.
       rows, length: of a batch of texts.
       focus: weight of the tokens that do not follow from the text, in the first two parts.

@@ -85,6 +85,68 @@ MNIST_TEST = Source(
     },
 )
 
+_STORIES_ADDRESS = "https://huggingface.co/karpathy/tinyllamas/resolve/main/stories260K/"
+
+#: A trained language model of llama2.c with its vocabulary (MIT).
+STORIES260K = Source(
+    name="stories260k",
+    files={
+        "stories260K.bin": (
+            _STORIES_ADDRESS + "stories260K.bin",
+            "b0a507e7ad0f626624f17112325e66691f9076d622e1d3274d103d00299f2696",
+        ),
+        "tok512.bin": (
+            _STORIES_ADDRESS + "tok512.bin",
+            "037cb335abb25d1fa9e8ecae30ed2a3a8ace9302862ebcdc05d51a6bbb10c312",
+        ),
+    },
+)
+
+#: 1.1 MB of Shakespeare's plays (public domain).
+TINYSHAKESPEARE = Source(
+    name="tinyshakespeare",
+    files={
+        "input.txt": (
+            "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+            "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        )
+    },
+)
+
+_WIKITEXT_ADDRESS = "https://raw.githubusercontent.com/pytorch/examples/main/word_language_model/data/wikitext-2/"
+
+#: Validation and test text of WikiText-2 (arXiv 1609.07843; CC BY-SA 3.0), words with "<unk>" as published.
+WIKITEXT2 = Source(
+    name="wikitext-2",
+    files={
+        "valid.txt": (
+            _WIKITEXT_ADDRESS + "valid.txt",
+            "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+        ),
+        "test.txt": (
+            _WIKITEXT_ADDRESS + "test.txt",
+            "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+        ),
+    },
+)
+
+_GSM8K_ADDRESS = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+
+#: GSM8K (arXiv 2110.14168; MIT): 7,473 and 1,319 word problems with worked answers, as JSON lines.
+GSM8K = Source(
+    name="gsm8k",
+    files={
+        "train.jsonl": (
+            _GSM8K_ADDRESS + "train.jsonl",
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        ),
+        "test.jsonl": (
+            _GSM8K_ADDRESS + "test.jsonl",
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        ),
+    },
+)
+
 
 def locate(source: Source, *, download: bool = True) -> Path:
     """The folder that holds every file of ``source``, verified; downloads what is missing.

@@ -1,20 +1,22 @@
-"""Text to token ids and back. Here: a closed list of words; every word is one token.
+"""Text to token ids and back: a closed list of words, bytes, or pieces learned from a text; and small real texts.
 
-Tokenizers share three functions' worth of behaviour, and no base class: ``encode(text) -> ids`` with BOS first,
-``decode(ids) -> text``, and an id for padding. Rows of different lengths are put together by ``pad``.
+Tokenizers have ``encode(text) -> ids`` and ``decode(ids) -> text``, and no base class. The 512 pieces of stories260K
+(``models.subjects``) are one more, for texts that need a small vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mechlab.core.errors import unknown
+from mechlab.core.errors import UserError, did_you_mean, unknown
+from mechlab.data.sources import GSM8K, TINYSHAKESPEARE, WIKITEXT2, locate
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -133,3 +135,131 @@ class WordTokenizer:
         for out, row in zip(padded, rows, strict=True):
             out[: np.size(row)] = np.asarray(row)
         return padded, lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """The 256 bytes of UTF-8, and BOS as token 256.
+
+    >>> ByteTokenizer().encode("né").tolist()
+    [256, 110, 195, 169]
+    """
+
+    def __len__(self) -> int:
+        return 257
+
+    def encode(self, text: str, *, bos: bool = True) -> Int[np.ndarray, " T"]:
+        """Token ids of a text, (T,) int32, with BOS first unless ``bos`` is false."""
+        ids = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        return np.concatenate([np.asarray([256], np.int32), ids]) if bos else ids
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of token ids (T,); what is no UTF-8 becomes a replacement mark."""
+        return bytes(index for index in np.asarray(ids).reshape(-1).tolist() if index < 256).decode(errors="replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class BPETokenizer:
+    """Pieces learned from a text by ``train_bpe``; token 0 is BOS.
+
+    Attributes:
+      inner: the ``tokenizers.Tokenizer``, for all else it can do.
+    """
+
+    inner: Any
+
+    def __len__(self) -> int:
+        return int(self.inner.get_vocab_size())
+
+    def encode(self, text: str, *, bos: bool = True) -> Int[np.ndarray, " T"]:
+        """Token ids of a text, (T,) int32, with BOS first unless ``bos`` is false."""
+        return np.asarray([0] * bos + self.inner.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of token ids (T,), without BOS."""
+        return str(self.inner.decode(np.asarray(ids).reshape(-1).tolist()))
+
+
+def train_bpe(text: str, size: int) -> BPETokenizer:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909): every text can be spelled.
+
+    Args:
+      text: what the pieces are counted in.
+      size: tokens at most, BOS and the 256 bytes included.
+
+    Returns:
+      The tokenizer; the same text and size give the same one.
+
+    Raises:
+      ValueError: size < 257.
+      UserError: the package ``tokenizers`` (extra ``hub``) is not installed.
+    """
+    if size < 257:
+        raise ValueError(f"train_bpe: size must be at least 257 (BOS and the bytes), got {size}.")
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError('train_bpe needs the extra "hub": pip install mechlab[hub]') from error
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
+    )
+    inner.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return BPETokenizer(inner)
+
+
+TEXTS = ("shakespeare", "wikitext", "gsm8k")
+
+
+def load_text(name: str, *, download: bool = True) -> tuple[str, str]:
+    """A small real text in two parts, one to train on and one to test on.
+
+    Args:
+      name: "shakespeare": the first 90 % and the last 10 % of tiny-shakespeare. "wikitext": validation and test text of
+        WikiText-2. "gsm8k": questions with their worked answers, a blank line between problems.
+      download: fetch it if it is not on this machine.
+
+    Returns:
+      Both parts.
+
+    Raises:
+      ValueError: another name.
+      MissingData, CorruptData: as ``data.sources.locate``.
+    """
+    if name not in TEXTS:
+        raise ValueError(f'load_text: unknown text "{name}".{did_you_mean(name, TEXTS)} Known: {", ".join(TEXTS)}.')
+    if name == "shakespeare":
+        text = (locate(TINYSHAKESPEARE, download=download) / "input.txt").read_text()
+        cut = text.index("\n\n", len(text) * 9 // 10) + 2
+        return text[:cut], text[cut:]
+    if name == "wikitext":
+        folder = locate(WIKITEXT2, download=download)
+        return (folder / "valid.txt").read_text(), (folder / "test.txt").read_text()
+    folder = locate(GSM8K, download=download)
+    return _problems((folder / "train.jsonl").read_text()), _problems((folder / "test.jsonl").read_text())
+
+
+def _problems(lines: str) -> str:
+    return "\n\n".join("{question}\n{answer}".format(**json.loads(line)) for line in lines.splitlines())
+
+
+def rows_of(ids: ArrayLike, length: int) -> Int[np.ndarray, "N T"]:
+    """A long text cut into rows, one after another; the rest is left out.
+
+    Args:
+      ids: (n,) token ids.
+      length: T.
+
+    Returns:
+      (n // T, T) int32.
+
+    Raises:
+      ValueError: the text is shorter than one row.
+    """
+    flat = np.asarray(ids, np.int32).reshape(-1)
+    if not 1 <= length <= flat.size:
+        raise ValueError(f"rows_of: length must be in 1..{flat.size}, the tokens given, got {length}.")
+    return flat[: flat.size // length * length].reshape(-1, length)

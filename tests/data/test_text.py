@@ -1,6 +1,8 @@
-"""Word tokenizer: round trips, refusals by name, nothing cut silently."""
+"""Tokenizers: round trips, refusals by name, nothing cut silently; real texts."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechlab.core.errors import UnknownName
-from mechlab.data.text import WordTokenizer
+from mechlab.data.text import ByteTokenizer, WordTokenizer, load_text, rows_of, train_bpe
 
 WORDS = ("<pad>", "<bos>", ".", ",", "?", ":", "“", "”", "tom", "mia", "i", "ran", "where", "is", "it", "asked")
 small = WordTokenizer(words=WORDS, proper=frozenset({"tom", "mia"}))
@@ -72,3 +74,51 @@ def test_refusals() -> None:
         WordTokenizer(words=(*WORDS, "tom"))
     with pytest.raises(ValueError, match="<bos>"):
         WordTokenizer(words=("<pad>", "tom"))
+
+
+def test_bytes_spell_any_text() -> None:
+    tokenizer = ByteTokenizer()
+    text = "Größe: 3 €, 日本\n"
+    ids = tokenizer.encode(text)
+    assert ids[0] == 256 and len(ids) == 1 + len(text.encode()) and ids.max() < len(tokenizer)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids[:-2]).endswith("�")
+
+
+def test_learned_pieces_spell_any_text_and_shorten_what_they_were_learned_from() -> None:
+    pytest.importorskip("tokenizers")
+    text = "the cat sat on the mat, the cat sat.\n" * 20
+    tokenizer = train_bpe(text, 280)
+    assert len(tokenizer) <= 280
+    ids = tokenizer.encode(text)
+    assert ids[0] == 0 and len(ids) < len(text) / 2
+    assert tokenizer.decode(ids) == text
+    unseen = "Größe ☃"
+    assert tokenizer.decode(tokenizer.encode(unseen, bos=False)) == unseen
+    again = train_bpe(text, 280)
+    np.testing.assert_array_equal(again.encode(text), ids)
+    with pytest.raises(ValueError, match="at least 257"):
+        train_bpe(text, 100)
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("shakespeare", (1_000_000, 110_000)), ("gsm8k", (3_500_000, 600_000))])
+def test_real_texts_have_two_parts(name: str, sizes: tuple[int, int], data_dir: Path) -> None:
+    train, test = load_text(name, download=False)
+    assert (len(train) > sizes[0], len(test) > sizes[1]) == (True, True)
+    assert train[-200:] not in test
+
+
+def test_wikitext_is_read_as_published(data_dir: Path) -> None:
+    train, test = load_text("wikitext", download=False)
+    assert "<unk>" in train and "<unk>" in test and train[:500] != test[:500]
+
+
+def test_an_unknown_text_is_refused() -> None:
+    with pytest.raises(ValueError, match='Did you mean "wikitext"'):
+        load_text("wikitex")
+
+
+def test_rows_of_cuts_a_text_and_leaves_out_the_rest() -> None:
+    np.testing.assert_array_equal(rows_of(np.arange(7), 3), [[0, 1, 2], [3, 4, 5]])
+    with pytest.raises(ValueError, match=r"length must be in 1\.\.7"):
+        rows_of(np.arange(7), 8)

@@ -1,9 +1,10 @@
-"""Models that come with mechlab: three decoders of one language world, ``data/worlds/tales``::
+"""Small language models to study: three decoders that ship with mechlab, and one real one that is a short download::
 
-    model, params, tokenizer = load_tales("L")
+    model, params, tokenizer = load_tales("L")          # of the world data/worlds/tales
+    model, params, tokenizer = load_stories260k()       # Llama's kind, 260 thousand parameters, real English
 
-All three were trained on the same texts with the same vocabulary by ``python -m experiments run tales``, whose page in
-the documentation says what each can and cannot do.
+The models of tales were trained on the same texts with the same vocabulary by ``python -m experiments run tales``; its
+page in the documentation says what each can and cannot do.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mechlab.core.errors import unknown
 from mechlab.core.model import Model
-from mechlab.models import hub
+from mechlab.data.sources import STORIES260K, locate
+from mechlab.models import hub, llama2c
 
 if TYPE_CHECKING:
     from mechlab.data.text import WordTokenizer
@@ -76,3 +78,21 @@ def tales_card(size: Size = "L") -> dict[str, Any]:
         raise unknown("size", size, SIZES)
     card: dict[str, Any] = json.loads((WEIGHTS / f"tales-{size}" / "card.json").read_text())
     return card
+
+
+def load_stories260k(*, dtype: str = "float32", download: bool = True) -> tuple[Model, Any, llama2c.Vocabulary]:
+    """The 260 K parameter model of llama2.c, trained on TinyStories: L5 D64 H8 F172, 4 key-value heads, context 512.
+
+    Args:
+      dtype: of the parameters and of the model's computations.
+      download: fetch it (1 MB) if it is not on this machine.
+
+    Returns:
+      The model, its parameters, and its vocabulary of 512 pieces, which can spell any text.
+
+    Raises:
+      MissingData, CorruptData: as ``data.sources.locate``.
+    """
+    model, params, vocabulary = llama2c.load(locate(STORIES260K, download=download) / "stories260K.bin", dtype=dtype)
+    assert vocabulary is not None  # the source has both files
+    return model, params, vocabulary

@@ -24,10 +24,11 @@ def test_signs_do_not_depend_on_the_sign_that_came():
 def test_truncated_svd_is_the_best_approximation_of_its_rank():
     matrix = RNG.normal(size=(2, 7, 5))
     u, s, v = truncated_svd(jnp.asarray(matrix), 2)
-    full = np.linalg.svd(matrix, full_matrices=False)
-    np.testing.assert_allclose((u * s[:, None]) @ v, (full[0][..., :2] * full[1][:, None, :2]) @ full[2][:, :2], atol=1e-4)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    wanted = (left[..., :2] * values[:, None, :2]) @ right[:, :2]
+    np.testing.assert_allclose((u * s[:, None]) @ v, wanted, atol=1e-4)
     np.testing.assert_array_equal(v, fix_signs(v))
-    with pytest.raises(ValueError, match="rank must be 1..5"):
+    with pytest.raises(ValueError, match="rank must be"):
         truncated_svd(jnp.asarray(matrix), 6)
 
 

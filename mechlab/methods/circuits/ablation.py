@@ -78,7 +78,9 @@ def resample_fill(key: jax.Array, acts: Float[Array, "L B T ..."]) -> Float[Arra
     return acts[:, jnp.zeros(batch, int).at[order].set(jnp.roll(order, 1))]
 
 
-def keep_only(sites: SiteTable, name: str, keep: Bool[ArrayLike, "L ..."], fill: Float[Array, "L ..."]) -> dict[str, Edit]:
+def keep_only(
+    sites: SiteTable, name: str, keep: Bool[ArrayLike, "L ..."], fill: Float[Array, "L ..."]
+) -> dict[str, Edit]:
     """The edit that leaves some parts of a site as they are and fills all others.
 
     Args:
@@ -139,7 +141,7 @@ def ablation_effects(
     """
     sizes = _parts(model.sites, name)
 
-    def without(part: dict[str, jax.Array], params: Any, tokens: jax.Array, fill: jax.Array) -> jax.Array:
+    def without(part: dict[str, Any], params: Any, tokens: jax.Array, fill: jax.Array) -> jax.Array:
         edits = at(model.sites, name, Replace(fill), **part, stacked=True)
         return metric(logits_at(model, {"params": params, "edits": edits}, tokens, read))
 

@@ -94,7 +94,10 @@ def attribution_patching(
     if steps is None:
         gradients = gradient(jnp.zeros(()))
     else:
-        add = lambda mean, way: (jax.tree.map(lambda m, g: m + g / steps, mean, gradient(way)), None)
+
+        def add(mean: Any, way: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(lambda m, g: m + g / steps, mean, gradient(way)), None
+
         zero = jax.tree.map(jnp.zeros_like, probes)
         gradients, _ = jax.lax.scan(add, zero, (jnp.arange(steps) + 0.5) / steps)
 

@@ -26,7 +26,7 @@ def attention_to(pattern: Float[Array, "L B H T S"], keys: Bool[Array, "B T S"])
 
     Args:
       pattern: (L, B, H, T, S) from ``model.capture(..., sites=("attn_pattern",))``.
-      keys: (B, T, S) bool; queries without a marked key do not count. Queries to be left out are unmarked by the caller.
+      keys: (B, T, S) bool; queries without a marked key do not count, so unmark those to be left out.
 
     Returns:
       (L, H) in [0, 1].
@@ -75,7 +75,7 @@ def induction_keys(tokens: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
 
 
 def anti_induction_keys(tokens: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """Marks the key *before* every earlier occurrence of the query's token (arXiv 2509.22947, the anti-induction score).
+    """Marks the key *before* every earlier occurrence of the query's token (arXiv 2509.22947).
 
     >>> anti_induction_keys(jnp.asarray([[5, 6, 7, 6]]))[0, 3].astype(int).tolist()
     [1, 0, 0, 0]

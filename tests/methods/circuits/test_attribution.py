@@ -69,7 +69,10 @@ def test_it_is_exact_patching_to_first_order(kind):
 
 def test_shapes_keep_heads_units_and_positions():
     model, params = decoder("llama")
-    run = lambda params: attribution_patching(model, params, TOKENS, SOURCE, METRIC, (*CELLS, "embed"))
+
+    def run(params):
+        return attribution_patching(model, params, TOKENS, SOURCE, METRIC, (*CELLS, "embed"))
+
     shapes = {name: x.shape for name, x in jax.eval_shape(run, params).items()}
     assert shapes == {
         "resid_post": (3, 2, 5),

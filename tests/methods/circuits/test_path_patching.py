@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mechlab.methods.circuits.direct import direct_attribution
 from mechlab.methods.circuits.path_patching import paths_to_heads, paths_to_logits, paths_to_mlp
 from mechlab.methods.circuits.reading import logit_difference
-from mechlab.models.transformer import gpt2, transformer
 from tests.models import reference
-from tests.models.tiny import CONFIGS, SIZES, TOKENS, decoder, scrambled
+from tests.models.tiny import CONFIGS, TOKENS, decoder
 
 SOURCE = jnp.asarray([[3, 1, 7, 1, 5], [9, 2, 0, 5, 3]])
-ANSWERS = jnp.asarray([[7, 1], [0, 3]])
-METRIC = logit_difference(ANSWERS)
+METRIC = logit_difference(jnp.asarray([[7, 1], [0, 3]]))
 READ = jnp.asarray([3, 4])
 
 
@@ -93,18 +89,6 @@ def test_senders_that_cannot_reach_the_receiver_change_nothing():
     found = paths_to_heads(model, params, TOKENS, SOURCE, METRIC, "q", [(1, 0)])
     np.testing.assert_allclose(found[1:], np.broadcast_to(base, (2, 4, 2)), rtol=1e-5, atol=1e-5)
     assert np.abs(found[0] - base).max() > 1e-3
-
-
-def test_without_mlps_the_direct_effect_is_the_change_of_the_direct_attribution():
-    config = gpt2(**SIZES | {"hidden": None})
-    model = transformer(config)
-    params = scrambled(model.init(jax.random.key(0)))
-    # Heads that write little: the scale of the final norm, which attribution freezes, then hardly moves.
-    params["blocks"]["attn"]["o"]["kernel"] *= 0.02
-    found = paths_to_logits(model, params, TOKENS, SOURCE, METRIC)
-    base, other = (direct_attribution(model, params, x, ANSWERS) for x in (TOKENS, SOURCE))
-    effect, wanted = found - base.total(), other.heads - base.heads
-    assert np.abs(effect - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_bad_input_is_refused():

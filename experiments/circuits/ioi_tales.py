@@ -131,7 +131,8 @@ def find_circuit(
     patched = jax.jit(lambda params, source: patch_residual(model, params, corrupted, source, metric))
     restored = (np.asarray(patched(params, acts["resid_post"])) - np.asarray(other)).mean(-1) / full
     figures["patching"] = heat_map(
-        restored, xlabel="position", ylabel="layer", column_labels=words, diverging=True,
+        restored[::-1], xlabel="position", ylabel="layer", column_labels=words, diverging=True,
+        row_labels=[str(layer) for layer in reversed(range(config.layers))],
         colour_label="share of the effect restored", title="clean residual stream into the corrupted run",
     )  # fmt: skip
 
@@ -174,7 +175,6 @@ def find_circuit(
         stream(key, "repeated"), 32, 20, jnp.arange(3, config.vocabulary), start=tokenizer.ids["<bos>"]
     )
     pattern = capture(params, repeated)["attn_pattern"]
-    ioi = acts["attn_pattern"][:, :, :, places["end"]].mean(1)
     rows = jnp.arange(len(clean))
     giver = acts["attn_pattern"][:, :, :, places["giver"]]
     before = jnp.argmax(clean == clean[:, places["giver"]][:, None], axis=1)
@@ -192,7 +192,6 @@ def find_circuit(
     figures["direct_attribution"] = head_maps(
         {"written into the logit difference": direct}, colour_label="nats", diverging=True
     )
-    del ioi
 
     # ---- who tells the movers where to look -----------------------------------------------------------------------------
     to_logits = paths_to_logits(model, params, clean, corrupted, metric)
@@ -208,8 +207,7 @@ def find_circuit(
     # ---- is that all: keep k heads, fill the others with their mean over both kinds of prompts ----------------------------
     both = jnp.concatenate([acts["attn_z"], corrupted_acts["attn_z"]], axis=1)
     fill = mean_fill(both, by_position=True)
-    importance = np.abs(to_logits - np.asarray(base)).mean(-1) + np.abs(exact) * full
-    order = np.argsort(-importance.ravel())
+    order = np.argsort(-np.abs(exact).ravel())
     random_order = np.random.default_rng(0).permutation(order)
     counts = np.arange(0, direct.size + 1, max(1, direct.size // 24))
 
@@ -234,20 +232,21 @@ def find_circuit(
     numbers |= {"heads for 90 % of the behaviour": int(enough), "heads": direct.size}
 
     # ---- a feature: is the answer the first or the second name? -----------------------------------------------------------
-    labels = jnp.asarray(np.repeat([0, 1], len(clean) // 2))
-    depths = jax.jit(lambda p, tokens: residual_depths(model, {"params": p}, tokens))(params, clean)
-    shuffled_rows = np.random.default_rng(0).permutation(len(clean))
-    train, test = np.split(shuffled_rows, [2 * len(clean) // 3])
+    many = make_prompts(stream(key, "probe prompts"), 4 * PROMPTS)
+    labels = np.repeat([0, 1], len(many.clean) // 2)
+    depths = jax.jit(lambda params: residual_depths(model, {"params": params}, many.clean))(params)
+    train, test = np.split(np.random.default_rng(0).permutation(len(labels)), [2 * len(labels) // 3])
     probes = {
-        f"at the {name}": np.asarray(held_out_accuracy(depths[:, :, places[name]], labels, train, test, C=0.1))[None]
+        f"at the {name}": np.asarray(held_out_accuracy(depths[:, :, many.places[name]], labels, train, test, C=0.1))
         for name in ("giver", "end")
     }
     figures["probes"] = depth_curves(
-        probes, ylabel="held-out accuracy", xlabel="depth", title="probe: is the answer the first or second name?"
-    )
-    best = int(np.argmax(probes["at the giver"][0]))
-    figures["steering"] = _steer(model, params, clean, answers, places, depths, labels, read)
-    log(f"order of the names decoded at the giver, depth {best}: {probes['at the giver'].max():.2f}")
+        {name: values[None] for name, values in probes.items()}, ylabel="held-out accuracy", xlabel="depth",
+        title="probe: is the answer the first or second name?",
+    )  # fmt: skip
+    numbers["best probe at the giver"] = float(probes["at the giver"].max())
+    direction = mean_difference(depths[1:, :, many.places["giver"]], labels).raw
+    figures["steering"] = _steer(model, params, prompts, direction, read)
 
     # ---- features by principal components, spliced in ----------------------------------------------------------------------
     figures["splice"] = _splice_curve(model, params, clean, acts["resid_post"], base, read)
@@ -261,27 +260,22 @@ def _train_lens(key: jax.Array, model: Model, params: Any) -> Any:
     return fit(key, tuned_lens_loss(model, params), start, optax.adam(2e-3), batches, steps=150).params
 
 
-def _steer(
-    model: Model, params: Any, tokens: Any, answers: Any, places: Any, depths: Any, labels: Any, read: Any
-) -> Figure:
-    """Add the mean difference of the two orders at the giver, in every layer, to all prompts."""
-    layers = model.module.config.layers
-    direction = mean_difference(depths[1:, :, places["giver"]], labels).raw
+def _steer(model: Model, params: Any, prompts: Prompts, direction: jax.Array, read: Any) -> Figure:
+    """Add the mean difference of the two orders (L, D) at the giver, in one layer at a time, to all prompts."""
     doses = jnp.linspace(-2, 2, 9)
 
-    def run(cell: dict[str, jax.Array], params: Any, direction: jax.Array) -> jax.Array:
-        vector = Add(cell["dose"] * direction)
-        edits = at(model.sites, "resid_post", vector, layer=cell["layer"], position=places["giver"], stacked=True)
-        return read(params, edits, tokens)
+    def run(cell: dict[str, Any], params: Any, direction: jax.Array, tokens: jax.Array) -> jax.Array:
+        where = {"layer": cell["layer"], "position": prompts.places["giver"]}
+        return read(params, at(model.sites, "resid_post", Add(cell["dose"] * direction), **where, stacked=True), tokens)
 
-    chosen = np.unique(np.linspace(0, layers - 1, 4).astype(int))
-    cells = {"layer": np.repeat(chosen, len(doses)), "dose": np.tile(doses, len(chosen))}
-    found = sweep(run, jax.tree.map(jnp.asarray, cells), params, direction).reshape(len(chosen), len(doses), -1)
-    # Towards "the answer is the second name": a rise of the logit of that name, whichever is right.
-    sign = np.where(np.asarray(labels) == 1, 1, -1)
+    layers = np.unique(np.linspace(0, len(direction) - 1, 4).astype(int))
+    cells = {"layer": jnp.repeat(jnp.asarray(layers), len(doses)), "dose": jnp.tile(doses, len(layers))}
+    found = sweep(run, cells, params, direction, prompts.clean).reshape(len(layers), len(doses), -1)
+    # The answer is the first name in the first half of the prompts, the second in the others.
+    sign = np.repeat([-1, 1], len(prompts.clean) // 2)
     return curve_band(
         doses,
-        {f"layer {layer}": (found[i] * sign).mean(-1)[None] for i, layer in enumerate(chosen)},
+        {f"layer {layer}": curve.mean(-1)[None] for layer, curve in zip(layers, found * sign, strict=True)},
         xlabel="dose (mean differences added at the giver)",
         ylabel="logit of name 2 over name 1 (nats)",
     )

@@ -69,18 +69,16 @@ class Prompts(NamedTuple):
 
 def make_prompts(key: jax.Array, n: int) -> Prompts:
     """The most frequent form among many items; half of the answers are the first name, half the second."""
-    items = jax.tree.map(np.asarray, tales.items(key, "ioi", 12 * n))
+    items = jax.tree.map(np.asarray, tales.items(key, "ioi", 16 * n + 512))
     rows = np.arange(len(items.tokens))
     is_right, is_wrong = (items.tokens == items.candidates[:, i : i + 1] for i in (0, 1))
     again = items.tokens.shape[1] - 1 - is_wrong[:, ::-1].argmax(1)
     first, second = np.sort([is_right.argmax(1), is_wrong.argmax(1)], 0)
-    forms, which, counts = np.unique(
-        np.stack([items.groups, items.lengths, first, second, again], 1), axis=0, return_inverse=True, return_counts=True
-    )
+    form = np.stack([items.groups, items.lengths, first, second, again], 1)
+    forms, which, counts = np.unique(form, axis=0, return_inverse=True, return_counts=True)
     chosen = rows[which.ravel() == counts.argmax()]
     by_order = [chosen[items.orders[chosen] == order] for order in (0, 1)]
-    half = min(n // 2, *map(len, by_order))
-    chosen = np.concatenate([rows[:half] for rows in by_order])
+    chosen = np.concatenate([rows[: n // 2] for rows in by_order])
     _, length, first, second, again = (int(x) for x in forms[counts.argmax()])
     clean, answers = items.tokens[chosen, :length], items.candidates[chosen]
     corrupted = clean.copy()
@@ -90,13 +88,20 @@ def make_prompts(key: jax.Array, n: int) -> Prompts:
 
 
 def find_circuit(
-    key: jax.Array, model: Model, params: Any, tokenizer: Any, log: Callable[[str], None] = print
+    key: jax.Array,
+    model: Model,
+    params: Any,
+    tokenizer: Any,
+    *,
+    lens_steps: int = 150,
+    log: Callable[[str], None] = print,
 ) -> tuple[dict[str, Figure], dict[str, float]]:
     """Every step of the analysis, top to bottom.
 
     Args:
       key: typed key, of the prompts.
       model, params, tokenizer: a model of the world of tales.
+      lens_steps: of the training of the tuned lens.
       log: called with one line per step.
 
     Returns:
@@ -120,14 +125,14 @@ def find_circuit(
     figures: dict[str, Figure] = {}
     numbers: dict[str, float] = {}
 
-    # ---- behaviour -------------------------------------------------------------------------------------------------
+    # ---- behaviour --------------------------------------------------------------------------------------------------
     base, other = read(params, {}, clean), read(params, {}, corrupted)
     full = float((base - other).mean())
     numbers |= {"prompts": len(clean), "accuracy": float((base > 0).mean()), "logit difference": float(base.mean())}
-    log(f"{len(clean)} prompts such as: {tokenizer.decode(clean[0])} ... accuracy {numbers['accuracy']:.0%}, "
-        f"logit difference {base.mean():.2f} (corrupted {other.mean():.2f})")
+    log(f"{len(clean)} prompts such as: {tokenizer.decode(clean[0])} ... accuracy {numbers['accuracy']:.0%}")
+    log(f"logit difference {base.mean():.2f}, corrupted {other.mean():.2f}")
 
-    # ---- where is it: patch the clean residual stream into the corrupted run ---------------------------------------
+    # ---- where is it: patch the clean residual stream into the corrupted run ----------------------------------------
     patched = jax.jit(lambda params, source: patch_residual(model, params, corrupted, source, metric))
     restored = (np.asarray(patched(params, acts["resid_post"])) - np.asarray(other)).mean(-1) / full
     figures["patching"] = heat_map(
@@ -153,16 +158,16 @@ def find_circuit(
     numbers["r of gradient and exact"] = float(np.corrcoef(gradient.ravel(), exact.ravel())[0, 1])
     numbers["r of 8 steps and exact"] = float(np.corrcoef(integrated.ravel(), exact.ravel())[0, 1])
 
-    # ---- who writes the answer: direct logit attribution --------------------------------------------------------------
+    # ---- who writes the answer: direct logit attribution ------------------------------------------------------------
     parts = jax.jit(lambda params: direct_attribution(model, params, clean, answers))(params)
     direct = np.asarray(parts.heads.mean(-1))
     numbers["parts minus logit difference"] = float(np.abs(parts.total() - base).max())
-    movers = [tuple(map(int, np.unravel_index(i, direct.shape))) for i in np.argsort(-direct.ravel())[:MOVERS]]
+    movers = [divmod(int(i), config.heads) for i in np.argsort(-direct.ravel())[:MOVERS]]
     log(f"heads that write the answer: {movers}")
-    tales_lens = _train_lens(stream(key, "lens"), model, params)
+    tuned = _train_lens(stream(key, "lens"), model, params, lens_steps)
     curves = {
         "logit lens": jax.jit(lambda p: logit_lens(model, {"params": p}, clean, read=-1))(params),
-        "tuned lens": jax.jit(lambda p: logit_lens(model, {"params": p}, clean, read=-1, lens=tales_lens))(params),
+        "tuned lens": jax.jit(lambda p: logit_lens(model, {"params": p}, clean, read=-1, lens=tuned))(params),
     }
     figures["lenses"] = depth_curves(
         {name: np.asarray(jax.vmap(metric)(logits)).T for name, logits in curves.items()}
@@ -170,7 +175,7 @@ def find_circuit(
         ylabel="logit difference at the last token (nats)", xlabel="depth",
     )  # fmt: skip
 
-    # ---- what do heads look at ------------------------------------------------------------------------------------------
+    # ---- what do heads look at --------------------------------------------------------------------------------------
     repeated = head_scores.repeated_tokens(
         stream(key, "repeated"), 32, 20, jnp.arange(3, config.vocabulary), start=tokenizer.ids["<bos>"]
     )
@@ -193,7 +198,7 @@ def find_circuit(
         {"written into the logit difference": direct}, colour_label="nats", diverging=True
     )
 
-    # ---- who tells the movers where to look -----------------------------------------------------------------------------
+    # ---- who tells the movers where to look -------------------------------------------------------------------------
     to_logits = paths_to_logits(model, params, clean, corrupted, metric)
     to_queries = paths_to_heads(model, params, clean, corrupted, metric, "q", movers)
     figures["path_patching"] = head_maps(
@@ -204,7 +209,7 @@ def find_circuit(
         colour_label="change of the logit difference (share of the whole effect)", diverging=True,
     )  # fmt: skip
 
-    # ---- is that all: keep k heads, fill the others with their mean over both kinds of prompts ----------------------------
+    # ---- is that all: keep k heads, fill the others with their mean over both kinds of prompts ----------------------
     both = jnp.concatenate([acts["attn_z"], corrupted_acts["attn_z"]], axis=1)
     fill = mean_fill(both, by_position=True)
     order = np.argsort(-np.abs(exact).ravel())
@@ -231,7 +236,7 @@ def find_circuit(
     enough = counts[np.argmax(share >= 0.9)]
     numbers |= {"heads for 90 % of the behaviour": int(enough), "heads": direct.size}
 
-    # ---- a feature: is the answer the first or the second name? -----------------------------------------------------------
+    # ---- a feature: is the answer the first or the second name? -----------------------------------------------------
     many = make_prompts(stream(key, "probe prompts"), 4 * PROMPTS)
     labels = np.repeat([0, 1], len(many.clean) // 2)
     depths = jax.jit(lambda params: residual_depths(model, {"params": params}, many.clean))(params)
@@ -248,16 +253,16 @@ def find_circuit(
     direction = mean_difference(depths[1:, :, many.places["giver"]], labels).raw
     figures["steering"] = _steer(model, params, prompts, direction, read)
 
-    # ---- features by principal components, spliced in ----------------------------------------------------------------------
+    # ---- features by principal components, spliced in ---------------------------------------------------------------
     figures["splice"] = _splice_curve(model, params, clean, acts["resid_post"], base, read)
     return figures, numbers
 
 
-def _train_lens(key: jax.Array, model: Model, params: Any) -> Any:
+def _train_lens(key: jax.Array, model: Model, params: Any, steps: int) -> Any:
     """A tuned lens on stories of the world, not on the prompts that it will read."""
     batches = generated(functools.partial(tales.sample_batch, batch=8, length=64))
     start = identity_lens(model.module.config.layers, model.module.config.width)
-    return fit(key, tuned_lens_loss(model, params), start, optax.adam(2e-3), batches, steps=150).params
+    return fit(key, tuned_lens_loss(model, params), start, optax.adam(2e-3), batches, steps=steps).params
 
 
 def _steer(model: Model, params: Any, prompts: Prompts, direction: jax.Array, read: Any) -> Figure:

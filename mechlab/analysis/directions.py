@@ -16,6 +16,7 @@ import numpy as np
 from mechlab.analysis.linalg import pca, unit
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Int
 
 
@@ -31,7 +32,7 @@ class Direction(NamedTuple):
     unit: Float[Array, "... D"]
 
 
-def token_mean(acts: Float[Array, "... B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "... B D"]:
+def token_mean(acts: Float[Array, "... B T D"], mask: Bool[ArrayLike, "B T"]) -> Float[Array, "... B D"]:
     """The mean over the tokens of each text that count.
 
     Args:
@@ -49,7 +50,7 @@ def token_mean(acts: Float[Array, "... B T D"], mask: Bool[Array, "B T"]) -> Flo
     return jnp.einsum("...btd,bt->...bd", acts, weight / weight.sum(-1, keepdims=True))
 
 
-def class_means(x: Float[Array, "... N D"], labels: Int[Array, " N"], classes: int) -> Float[Array, "... C D"]:
+def class_means(x: Float[Array, "... N D"], labels: Int[ArrayLike, " N"], classes: int) -> Float[Array, "... C D"]:
     """The mean of every class.
 
     Args:
@@ -73,7 +74,7 @@ def class_means(x: Float[Array, "... N D"], labels: Int[Array, " N"], classes: i
     return jnp.einsum("...nd,nc->...cd", x, one_hot / one_hot.sum(0))
 
 
-def mean_difference(x: Float[Array, "... N D"], labels: Int[Array, " N"]) -> Direction:
+def mean_difference(x: Float[Array, "... N D"], labels: Int[ArrayLike, " N"]) -> Direction:
     """From the mean of class 0 to the mean of class 1: "mass mean shift" (Marks and Tegmark 2023, arXiv 2310.06824).
 
     With pairs of prompts in N, as in contrastive activation addition (arXiv 2312.06681), it is the mean of the pairs'

@@ -16,6 +16,7 @@ import numpy as np
 from mechlab.analysis.metrics import accuracy
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Int
 
 
@@ -36,7 +37,7 @@ class Probe(NamedTuple):
 
 
 def fit_logistic(
-    x: Float[Array, "... N D"], labels: Int[Array, " N"], *, classes: int = 2, C: float = 1.0, steps: int = 20
+    x: Float[Array, "... N D"], labels: Int[ArrayLike, " N"], *, classes: int = 2, C: float = 1.0, steps: int = 20
 ) -> Probe:
     """Logistic regression by Newton's method.
 
@@ -99,9 +100,9 @@ def fit_ridge(x: Float[Array, "... N D"], y: Float[Array, "... N C"], *, penalty
 
 def held_out_accuracy(
     x: Float[Array, "... N D"],
-    labels: Int[Array, " N"],
-    train: Int[Array, " M"],
-    test: Int[Array, " M"],
+    labels: Int[ArrayLike, " N"],
+    train: Int[ArrayLike, " M"],
+    test: Int[ArrayLike, " M"],
     *,
     classes: int = 2,
     C: float = 1.0,
@@ -125,7 +126,7 @@ def held_out_accuracy(
     shared = np.intersect1d(np.asarray(train), np.asarray(test))
     if shared.size:
         raise ValueError(f"train and test share {shared.size} items, such as {shared[0]}.")
-    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    x, labels, train, test = (jnp.asarray(a) for a in (x, labels, train, test))
     seen = x[..., train, :]
     mean, deviation = seen.mean(-2, keepdims=True), seen.std(-2, keepdims=True)
     standard = (x - mean) / jnp.where(deviation == 0, 1, deviation)
@@ -167,6 +168,6 @@ def _newton(x: jax.Array, labels: jax.Array, classes: int, penalty: float, steps
     return Probe(unknown[:, :-1].T, unknown[:, -1])
 
 
-def _require_rows(x: jax.Array, y: jax.Array, name: str) -> None:
+def _require_rows(x: ArrayLike, y: ArrayLike, name: str) -> None:
     if np.ndim(x) < 2 or 0 in np.shape(x) or np.shape(y)[-1:] != np.shape(x)[-2:-1] or np.ndim(y) == 0:
         raise ValueError(f"x, {name}: wanted N items in both, got shapes {np.shape(x)} and {np.shape(y)}.")

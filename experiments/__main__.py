@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from experiments.catalogue import SYSTEMS, System, find, load
+from experiments.catalogue import SYSTEMS, WORLDS, System, find, load
 from mechlab.core.errors import UserError, did_you_mean
 
 BENCHES = Path(__file__).parent / "bench"
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"error: {message}.{near} See {self.prog} --help.\n")
 
 
-def main(argv: Sequence[str] | None = None, systems: Sequence[System] = SYSTEMS) -> int:
+def main(argv: Sequence[str] | None = None, systems: Sequence[System] = SYSTEMS + WORLDS) -> int:
     """Run the command line.
 
     Args:

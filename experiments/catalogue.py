@@ -194,3 +194,8 @@ SYSTEMS: tuple[System, ...] = tuple(
     System(number=number, slug=slug, family=family, title=title, paper=paper)
     for number, slug, family, paper, title in _TABLE
 )
+
+WORLDS: tuple[System, ...] = (
+    System(number=0, slug="tales", family="worlds", title="tales: a language world and its models", paper="mechlab"),
+)
+"""Experiments that make subjects for the others; they are no papers and have no number."""

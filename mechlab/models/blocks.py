@@ -5,6 +5,7 @@ What differs between layers (which of them have a window) is an array that is sc
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,6 +17,23 @@ from flax import struct
 from mechlab.core.sites import LAYER_AXES, site
 from mechlab.models.layers import ACTIVATIONS, Linear, Norm, attention, rotate, rotation
 from mechlab.models.transformer_config import TransformerConfig
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the tokens that a decoder has read: what generation must not compute again.
+
+    Slot s belongs to position s of the text, so a query at position p sees slots 0 .. p and nothing else: what stands
+    in later slots does not matter, and going back in a text is no more than going on from an earlier position.
+
+    Attributes:
+      k, v: (L, B, S, G, K); S slots.
+      embed: (B, S, D), the token embeddings, for models whose embeddings are convolved; else None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    embed: jax.Array | None = None
 
 
 @struct.dataclass
@@ -31,18 +49,20 @@ class View:
     cos_sin: tuple[jax.Array, jax.Array] | None = None
 
 
-def views(config: TransformerConfig, positions: jax.Array) -> tuple[View, ...]:
+def views(config: TransformerConfig, positions: jax.Array, slots: int | None = None) -> tuple[View, ...]:
     """The view of every kind of layer: one, or where some layers have a window that of the others and then theirs.
 
     Args:
       config: of the blocks.
-      positions: (T,) or (B, T) absolute positions; -1 is padding, which no query sees.
+      positions: (T,) or (B, T) absolute positions of the queries; -1 is padding, which no query sees.
+      slots: S, where the keys are those of a cache; by default they are those of the queries' own tokens.
 
     Returns:
       One or two views.
     """
     rows = jnp.atleast_2d(positions)
-    query, key = rows[:, None, :, None], rows[:, None, None, :]
+    keys = rows if slots is None else jnp.arange(slots)[None]
+    query, key = rows[:, None, :, None], keys[:, None, None, :]
     seen = (key >= 0) & ((key <= query) | (not config.causal))
 
     def view(local: bool) -> View:
@@ -56,13 +76,11 @@ def views(config: TransformerConfig, positions: jax.Array) -> tuple[View, ...]:
     return tuple(view(local) for local, present in kinds.items() if present)
 
 
-def local_layers(config: TransformerConfig) -> jax.Array:
-    """(L,) bool: which layers use the last view."""
-    return jnp.asarray(np.isin(np.arange(config.layers), config.windowed))
-
-
 def stacked(config: TransformerConfig, name: str | None = None) -> Any:
-    """All blocks as one module: ``(x, positions, views, local_layers) -> (x, None)``; parameters lead with axis L."""
+    """All blocks as one module, ``((x, cache), positions, views, layers)`` as in ``Block``, with layers 0 .. L-1.
+
+    Parameters lead with axis L.
+    """
     scanned = nn.scan(
         Block,
         variable_axes={**LAYER_AXES},
@@ -74,24 +92,31 @@ def stacked(config: TransformerConfig, name: str | None = None) -> Any:
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream, ``(x, positions, views, local) -> (x, None)``."""
+    """Attention and MLP around the residual stream: ``((x, cache), positions, views, layer) -> ((x, cache), None)``.
+
+    The cache may be None. It is carried along whole and written in place: slices of it would be copied in every step.
+    """
 
     config: TransformerConfig
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, positions: jax.Array, views: tuple[View, ...], local: jax.Array
-    ) -> tuple[jax.Array, None]:
+        self, carry: tuple[jax.Array, Cache | None], positions: jax.Array, views: tuple[View, ...], layer: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
         config = self.config
-        view = views[0] if len(views) == 1 else jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
+        x, cache = carry
+        view = views[0]
+        if len(views) == 2:
+            local = jnp.asarray(np.isin(np.arange(config.layers), config.windowed))[layer]
+            view = jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
         post = config.norm_order == "post"
 
         x = site(self, "resid_pre", x, "B T D", positions=positions)
         norm = _norm(config, "norm_attn")
-        out = _Attention(config, name="attn")(x if post else norm(x), positions, view)
+        out, cache = _Attention(config, name="attn")(x if post else norm(x), positions, view, cache, layer)
         if config.hidden is None:
             x = norm(x + out) if post else x + out
-            return site(self, "resid_post", x, "B T D", positions=positions), None
+            return (site(self, "resid_post", x, "B T D", positions=positions), cache), None
 
         read = x
         x = norm(x + out) if post else x + out
@@ -100,20 +125,23 @@ class Block(nn.Module):
         norm = _norm(config, "norm_mlp")
         out = _MLP(config, config.hidden, name="mlp")(read if post else norm(read), positions)
         x = norm(x + out) if post else x + out
-        return site(self, "resid_post", x, "B T D", positions=positions), None
+        return (site(self, "resid_post", x, "B T D", positions=positions), cache), None
 
 
 class _Attention(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array, view: View) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, view: View, cache: Cache | None, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         x = site(self, "attn_in", x, "B T D", positions=positions)
 
         def project(name: str, heads: int) -> jax.Array:
             read = site(self, f"{name}_in", x, "B T D", positions=positions)
-            return Linear((heads, config.d_head), use_bias=config.has_bias("qkv"), name=name)(read)
+            wide = (heads, config.d_head)
+            return Linear(wide, use_bias=config.has_bias("qkv"), init_std=config.init_std, name=name)(read)
 
         q, k, v = project("q", config.heads), project("k", config.n_kv_heads), project("v", config.n_kv_heads)
         if config.qk_norm:
@@ -123,12 +151,29 @@ class _Attention(nn.Module):
         q = site(self, "q", q, "B T H K", positions=positions)
         k = site(self, "k", k, "B T H K", positions=positions)
         v = site(self, "v", v, "B T H K", positions=positions)
+        if cache is not None:
+            k, v = (write(*pair, positions, layer) for pair in ((cache.k, k), (cache.v, v)))
+            cache = dataclasses.replace(cache, k=k, v=v)
+            k, v = cache.k[layer], cache.v[layer]
         z = attention(self, q, k, v, view.allowed, positions, scale=config.attn_scale, cap=config.attn_softcap)
         z = site(self, "attn_z", z, "B T H K", positions=positions)
-        out = Linear((config.width,), inputs=2, use_bias=config.has_bias("o"), name="o")(z)
+        biased = config.has_bias("o")
+        out = Linear((config.width,), inputs=2, use_bias=biased, init_std=config.init_std, name="o")(z)
         if config.norm_order == "sandwich":
             out = _norm(config, "norm_out")(out)
-        return site(self, "attn_out", out, "B T D", positions=positions)
+        return site(self, "attn_out", out, "B T D", positions=positions), cache
+
+
+def write(slots: jax.Array, values: jax.Array, positions: jax.Array, layer: jax.Array | None = None) -> jax.Array:
+    """The slots (L, B, S, ...) of a cache, or (B, S, ...), with values (B, T, ...) written at positions (B, T).
+
+    Nothing is written for padding, position -1.
+    """
+    rows = jnp.arange(values.shape[0])[:, None]
+    # A negative index would count from the end; one past the end is dropped.
+    where = jnp.where(positions < 0, slots.shape[-values.ndim + 1], positions)
+    at = slots.at[rows, where] if layer is None else slots.at[layer, rows, where]
+    return at.set(values.astype(slots.dtype), mode="drop")
 
 
 class _MLP(nn.Module):
@@ -138,10 +183,11 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         config = self.config
+        biased = config.has_bias("mlp")
         x = site(self, "mlp_in", x, "B T D", positions=positions)
 
         def project(name: str) -> jax.Array:
-            return Linear((self.hidden,), use_bias=config.has_bias("mlp"), name=name)(x)
+            return Linear((self.hidden,), use_bias=biased, init_std=config.init_std, name=name)(x)
 
         up = project("up")
         if config.gated:
@@ -149,7 +195,7 @@ class _MLP(nn.Module):
         pre = site(self, "mlp_pre", project("gate") if config.gated else up, "B T F", positions=positions)
         act = ACTIVATIONS[config.activation](pre)
         act = site(self, "mlp_act", act * up if config.gated else act, "B T F", positions=positions, pre=pre)
-        out = Linear((config.width,), use_bias=config.has_bias("mlp"), name="down")(act)
+        out = Linear((config.width,), use_bias=biased, init_std=config.init_std, name="down")(act)
         if config.norm_order == "sandwich":
             out = _norm(config, "norm_out")(out)
         return site(self, "mlp_out", out, "B T D", positions=positions)

@@ -26,12 +26,14 @@ from jax.sharding import Mesh
 
 from mechlab.core import select
 from mechlab.core.errors import unknown
+from mechlab.core.model import Model
 from mechlab.core.sharding import shardings
 from mechlab.models import llama2c
 from mechlab.models.clip import CLIP, CLIPConfig
 from mechlab.models.families import FAMILIES, Family, Fields
 from mechlab.models.families.tables import Row
 from mechlab.models.transformer import LOGICAL_AXES
+from mechlab.models.vit import ViTModule
 
 _FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 
@@ -79,14 +81,20 @@ def load(source: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None
     if path.is_file():
         return _load_file(path, dtype, mesh)
     folder = path if path.is_dir() else _download(str(source))
+    model, params = load_model(folder, dtype=dtype, mesh=mesh)
+    has_text = not isinstance(model, Model) or not isinstance(model.module, ViTModule)
+    return model, params, _tokenizer(folder) if has_text else None
+
+
+def load_model(folder: Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Any, Any]:
+    """The model and parameters of a checkpoint's folder, without a tokenizer; arguments and errors as in ``load``."""
     raw = _read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
         raise unknown(f"model_type in {folder / 'config.json'}", str(raw.get("model_type")), FAMILIES)
     family = FAMILIES[raw["model_type"]]
     config = family.read(Fields(raw, str(folder / "config.json")))
     model = family.build(_with_dtype(config, dtype))
-    params = _read_params(folder, family, model, dtype, mesh)
-    return model, params, _tokenizer(folder) if family.text else None
+    return model, _read_params(folder, family, model, dtype, mesh)
 
 
 def export(folder: str | Path, model: Any, params: Any, *, family: str | None = None) -> None:
@@ -319,7 +327,8 @@ def _differences(config: Any, again: Any) -> list[str]:
             name for name in ("projection", "end") if getattr(config, name) != getattr(again, name)
         ]
     one, other = (each.explicit() if hasattr(each, "explicit") else each for each in (config, again))
-    fields = [field.name for field in dataclasses.fields(one) if field.name != "dtype"]
+    # Neither is a matter of the checkpoint.
+    fields = [field.name for field in dataclasses.fields(one) if field.name not in ("dtype", "init_std")]
     return [
         f"{name}={getattr(one, name)} (there {getattr(other, name)})"
         for name in fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -41,17 +42,21 @@ def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, inputs: int 
 
 
 class Linear(nn.Module):
-    """Parameters of ``linear``: ``kernel (*in, *out)`` and, with ``use_bias``, ``bias (*out,)``."""
+    """Parameters of ``linear``: ``kernel (*in, *out)`` and, with ``use_bias``, ``bias (*out,)``.
+
+    ``init_std`` is the kernel's standard deviation when it is made; None means 1 / sqrt(number of inputs).
+    """
 
     out: tuple[int, ...]
     inputs: int = 1
     use_bias: bool = True
-    init_std: float = 0.02
+    init_std: float | None = 0.02
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.out)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), shape)
+        std = math.prod(shape[: self.inputs]) ** -0.5 if self.init_std is None else self.init_std
+        kernel = self.param("kernel", nn.initializers.normal(std), shape)
         bias = self.param("bias", nn.initializers.zeros, self.out) if self.use_bias else None
         return linear(x, kernel, bias, self.inputs)
 

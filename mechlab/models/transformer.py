@@ -21,6 +21,7 @@ Parameters: kernels are (in, out), attention kernels q, k, v (L, D, H, K) and o 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from flax import linen as nn
 
 from mechlab.core.model import Model, Variables
 from mechlab.core.sites import site
-from mechlab.models.blocks import Block, local_layers, stacked, views
+from mechlab.models.blocks import Block, Cache, stacked, views, write
 from mechlab.models.layers import Linear, Norm, softcap
 from mechlab.models.transformer_config import TransformerConfig
 
@@ -69,11 +70,16 @@ def llama(**sizes: Any) -> TransformerConfig:
 
 
 def transformer(config: TransformerConfig) -> Model:
-    """The model. Inputs: tokens (B, T) int, optionally positions and token types.
+    """The model. Inputs: tokens (B, T) int; optionally positions, token types, a cache, and which tokens to read.
 
-    Positions are (T,) or (B, T) int, 0, 1, 2 ... by default. A position of -1 marks padding: no token attends to it.
-    Left and right padding give the same numbers at the real tokens. Token types are (B, T) int, 0 by default, for
-    models that have them. Output: float32 logits (B, T, V), or hidden states (B, T, D) without ``config.unembed``.
+    - positions: (T,) or (B, T) int, 0, 1, 2 ... by default. A position of -1 marks padding: no token attends to it.
+      Left and right padding give the same numbers at the real tokens.
+    - types: (B, T) int, 0 by default, for models that have token types.
+    - cache: ``Cache`` of the tokens before these, see ``models/generate.py``; positions must then be (B, T).
+    - read: (B,) int, one token of each row; only its logits are computed, and T is 1 in the output.
+
+    Output: float32 logits (B, T, V), or hidden states (B, T, D) without ``config.unembed``. With a cache a pair: that,
+    and the cache with these tokens in it.
     """
     return Model(TokenModule(config), (jax.ShapeDtypeStruct((1, min(2, config.context)), jnp.int32),))
 
@@ -100,11 +106,12 @@ def run_layers(
     nested = model.nested(variables, jax.ShapeDtypeStruct(resid.shape[:2], jnp.int32))
     layers = {name: tree["blocks"] for name, tree in nested.items() if "blocks" in tree}
     positions = jnp.arange(resid.shape[1]) if positions is None else positions
-    seen, local = views(config, positions), local_layers(config)
+    seen = views(config, positions)
 
     def layer(index: jax.Array, x: jax.Array) -> jax.Array:
         one = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
-        return Block(config).apply(one, x, positions, seen, local[index])[0]
+        (x, _), _ = Block(config).apply(one, (x, None), positions, seen, index)
+        return x
 
     return jax.lax.fori_loop(start, config.layers, layer, resid)
 
@@ -141,13 +148,30 @@ class TokenModule(nn.Module):
             self.unembed = Linear((config.vocabulary,), use_bias=False)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, types: jax.Array | None = None
-    ) -> jax.Array:
-        check_tokens(self.config, tokens, positions, types)
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        types: jax.Array | None = None,
+        cache: Cache | None = None,
+        read: jax.Array | None = None,
+    ) -> Any:
+        config = self.config
+        check_tokens(config, tokens, positions, types)
         positions = jnp.arange(tokens.shape[1]) if positions is None else positions
-        x = site(self, "embed", self.embed(tokens, positions, types), "B T D", positions=positions)
-        x, _ = self.blocks(x, positions, views(self.config, positions), local_layers(self.config))
-        return self.read_out(x, positions)
+        slots = None
+        if cache is not None:
+            slots = cache.k.shape[2]
+            if not config.causal or positions.shape != tokens.shape:
+                raise ValueError(f"a cache needs a causal model and positions (B, T), got {positions.shape}.")
+        x, cache = self.embed(tokens, positions, types, cache)
+        x = site(self, "embed", x, "B T D", positions=positions)
+        (x, cache), _ = self.blocks((x, cache), positions, views(config, positions, slots), jnp.arange(config.layers))
+        if read is not None:
+            rows = jnp.arange(len(x))
+            positions = jnp.broadcast_to(positions, tokens.shape)[rows, read][:, None]
+            x = x[rows, read][:, None]
+        out = self.read_out(x, positions)
+        return out if cache is None else (out, cache)
 
     def read_out(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         config = self.config
@@ -179,7 +203,9 @@ class _Embed(nn.Module):
         if config.embed_conv:
             self.conv = table("conv", config.embed_conv)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, types: jax.Array | None, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         x = self.tokens[tokens]
         if config.embed_scale != 1.0:
@@ -191,22 +217,27 @@ class _Embed(nn.Module):
         if config.embed_norm:
             x = self.norm(x)
         if config.embed_conv:
-            x = x + _earlier(x, positions, self.conv)
-        return x.astype(config.dtype)
+            x, cache = self.convolve(x, positions, cache)
+        return x.astype(config.dtype), cache
+
+    def convolve(self, x: jax.Array, positions: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """x plus kernel[i - 1] times the embedding i tokens earlier, i = 1, 2 ...; shifted adds, or looked up."""
+        total = x
+        if cache is not None and cache.embed is not None:
+            slots = write(cache.embed, x, positions)
+            for back in range(1, len(self.conv) + 1):
+                earlier = jnp.take_along_axis(slots, jnp.maximum(positions - back, 0)[..., None], axis=1)
+                total = total + jnp.where((positions >= back)[..., None], earlier, 0) * self.conv[back - 1]
+            return total, dataclasses.replace(cache, embed=slots)
+        rows = jnp.broadcast_to(positions, x.shape[:2])
+        for back in range(1, min(len(self.conv), x.shape[1] - 1) + 1):
+            # Padding to the left is no earlier token, whatever its embedding.
+            real = (rows[:, :-back] >= 0)[..., None]
+            total = total.at[:, back:].add(jnp.where(real, x[:, :-back], 0) * self.conv[back - 1])
+        return total, cache
 
     def attend(self, x: jax.Array) -> jax.Array:
         return x @ self.tokens.T
-
-
-def _earlier(x: jax.Array, positions: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Sum over i >= 1 of kernel[i - 1] times the embedding i tokens earlier, as shifted adds."""
-    rows = jnp.broadcast_to(positions, x.shape[:2])
-    total = jnp.zeros_like(x)
-    for back in range(1, min(len(kernel), x.shape[1] - 1) + 1):
-        # Padding to the left is no earlier token, whatever its embedding.
-        real = (rows[:, :-back] >= 0)[..., None]
-        total = total.at[:, back:].add(jnp.where(real, x[:, :-back], 0) * kernel[back - 1])
-    return total
 
 
 def check_tokens(config: TransformerConfig, tokens: Any, positions: Any = None, types: Any = None) -> None:

@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from mechlab.core.model import Model
 from mechlab.core.sites import site
-from mechlab.models.blocks import local_layers, stacked, views
+from mechlab.models.blocks import stacked, views
 from mechlab.models.layers import Linear, Norm
 from mechlab.models.transformer_config import TransformerConfig
 
@@ -115,7 +115,8 @@ class ViTModule(nn.Module):
             raise ValueError(f"pixels must be floats of shape (B, {shape}), got {pixels.dtype}{pixels.shape}.")
         positions = jnp.arange(config.tokens)
         x = site(self, "embed", _Embed(config, name="embed")(pixels), "B T D", positions=positions)
-        x, _ = stacked(trunk, name="blocks")(x, positions, views(trunk, positions), local_layers(trunk))
+        layers = jnp.arange(trunk.layers)
+        (x, _), _ = stacked(trunk, name="blocks")((x, None), positions, views(trunk, positions), layers)
         x = Norm("layer", config.norm_eps, name="final_norm")(x)
         x = site(self, "final_norm", x, "B T D", positions=positions).astype(jnp.float32)
         if config.classes is None:

@@ -56,7 +56,6 @@ class Family:
       build: config to model.
       prefix: of tensor names, absent in some checkpoints.
       ignored: pattern of names that hold nothing we read: buffers, heads of other tasks.
-      text: has a tokenizer.
     """
 
     read: Callable[[Fields], Any]
@@ -65,7 +64,6 @@ class Family:
     build: Callable[[Any], Any] = transformer
     prefix: str = "model."
     ignored: str = r"lm_head\.weight|rotary_emb\.inv_freq"
-    text: bool = True
 
 
 def _linear(tensor: str, *paths: str, layout: Layout = DENSE, bias: Layout = FLAT) -> tuple[Row, Row]:
@@ -265,7 +263,6 @@ FAMILIES: dict[str, Family] = {
         build=vit,
         prefix="vit.",
         ignored=r"pooler\.dense\.(weight|bias)",
-        text=False,
     ),
     "deit": Family(
         read=images.read_deit,
@@ -274,7 +271,6 @@ FAMILIES: dict[str, Family] = {
         build=vit,
         prefix="deit.",
         ignored=r"pooler\.dense\.(weight|bias)",
-        text=False,
     ),
     "clip": Family(
         read=images.read_clip,

@@ -16,9 +16,13 @@ from mechlab.data.worlds.tales.moods import LABELS, MOODS
 from mechlab.data.worlds.tales.probes import MoodTexts, filler, instructions, mood_texts
 from mechlab.data.worlds.tales.tables import CUES, GENRES, SPLITS, STAGES, VOCABULARY, tokenizer
 
+DIGEST = "6953adf5176ceb8e"
+"""What ``digest()`` gives for this version of the world."""
+
 __all__ = [
     "CONTEXT",
     "CUES",
+    "DIGEST",
     "GENRES",
     "ITEM_KINDS",
     "LABELS",

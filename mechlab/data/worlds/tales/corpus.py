@@ -20,7 +20,7 @@ from mechlab.core.errors import unknown
 from mechlab.core.rng import stream, streams
 from mechlab.data.worlds.tales import tables
 from mechlab.data.worlds.tales.grammar import GENRE_SHARES
-from mechlab.data.worlds.tales.machine import Cast, Script, Written, draw_cast, draw_script, write, write_one
+from mechlab.data.worlds.tales.machine import Cast, Script, Written, draw_cast, draw_script, is_stage, write, write_one
 from mechlab.data.worlds.tales.tables import GENRES, STAGES, VOCABULARY
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ def sample_batch(
         domain of its own, for shifts of calibration data.
 
     Returns:
-      ``{"tokens": (B, T) int32, "mask": (B, T) bool}``. ``mask[b, t]`` is true where the prediction made at position t
-      (of token t + 1) counts: everywhere but at the last position and in the padding of a row that was not filled.
+      ``{"tokens": (B, T) int32, "mask": (B, T) bool, "fixed": (B, T) bool}``. ``mask[b, t]`` is true where the
+      prediction made at position t (of token t + 1) counts: everywhere but at the last position and in the padding of a
+      row that was not filled. ``fixed[b, t]`` is true where token t + 1 follows from what the document has told:
+      values told before, answers, sums, the named mood and what somebody in that mood does.
 
     Raises:
       ValueError: batch < 1 or length < 2.
@@ -102,8 +104,9 @@ def sample_batch(
     if batch < 1 or length < 2:
         raise ValueError(f"sample_batch: wanted batch >= 1 and length >= 2, got batch={batch} and length={length}.")
     wheel = _wheel(GENRES if genres is None else tuple(genres))
-    rows = jax.vmap(lambda row_key: _row(row_key, wheel, length))(jax.random.split(key, batch))
-    return {"tokens": rows.tokens, "mask": jnp.pad(rows.inside[:, 1:], ((0, 0), (0, 1)))}
+    rows, fixed = jax.vmap(lambda row_key: _row(row_key, wheel, length))(jax.random.split(key, batch))
+    of_next = {"mask": rows.inside, "fixed": fixed}
+    return {"tokens": rows.tokens} | {name: jnp.pad(at[:, 1:], ((0, 0), (0, 1))) for name, at in of_next.items()}
 
 
 def documents(key: jax.Array, n: int, *, genre: str | None = None, length: int = CONTEXT) -> Documents:
@@ -156,10 +159,18 @@ def _draw(key: jax.Array, wheel: np.ndarray) -> tuple[jax.Array, Cast, Script]:
     return plot, cast, draw_script(script_key, chosen, cast)
 
 
-def _row(key: jax.Array, wheel: np.ndarray, length: int) -> Written:
+def _row(key: jax.Array, wheel: np.ndarray, length: int) -> tuple[Written, jax.Array]:
+    """A row of documents, and where its tokens follow from what the document told before, (T,) bool."""
     keys = jax.random.split(stream(key, "documents"), -(-length // _TOKENS_PER_DOCUMENT))
     _, casts, scripts = jax.vmap(lambda k: _draw(k, wheel))(keys)
-    return write(stream(key, "words"), scripts, casts, length)
+    written = write(stream(key, "words"), scripts, casts, length)
+    is_slot = written.kind >= 0
+    document = jnp.cumsum(written.tokens == tables.BOS_ID)
+    same = (written.tokens[:, None] == written.tokens) & (document[:, None] == document) & is_slot
+    told = is_slot & jnp.tril(same, -1).any(-1)
+    worked_out = jnp.isin(written.kind, jnp.asarray([tables.KINDS.index(kind) for kind in ("sum", "mood", "yes")]))
+    done_in_mood = is_stage(scripts.stages.reshape(-1)[written.step], "behaviour", "react")
+    return written, (told | worked_out | done_in_mood) & written.inside
 
 
 @functools.partial(jax.jit, static_argnames=("genres", "length"))
@@ -182,8 +193,8 @@ def _describe(plot: jax.Array, cast: Cast, script: Script, written: Written) -> 
         of_person = True if person is None else written.person == person
         return (written.kind == tables.KINDS.index(kind)) & of_person
 
-    def is_stage(*names: str) -> jax.Array:
-        return jnp.isin(stages, jnp.asarray([STAGES.index(name) for name in names])) & first_person
+    def stage(*names: str) -> jax.Array:
+        return is_stage(stages, *names) & first_person
 
     def whole_step(where: jax.Array) -> jax.Array:
         """The step of the first true position."""
@@ -192,8 +203,8 @@ def _describe(plot: jax.Array, cast: Cast, script: Script, written: Written) -> 
     def one_word(where: jax.Array) -> jax.Array:
         return where & (jnp.arange(where.shape[0]) == jnp.argmax(where))
 
-    in_list = jnp.isin(stages, jnp.asarray([i for i, name in enumerate(STAGES) if name in _LISTS]))
-    event, behaviour = whole_step(is_stage("event")), whole_step(is_stage("behaviour", "react"))
+    in_list = is_stage(stages, *_LISTS)
+    event, behaviour = whole_step(stage("event")), whole_step(stage("behaviour", "react"))
     where = {name: one_word(is_slot(*slot)) for name, slot in _SLOTS.items()} | {
         "mood": event,
         "behaviour": behaviour,

@@ -305,11 +305,12 @@ SENTENCES = {
         say these words :
         {A} said :
         """,
-    "list_thing": "{thing} ,",
-    "list_name": "{A} ,",
-    "list_place": "{place} ,",
-    "list_colour": "{colour} ,",
-    "list_both": "{A} {thing} ,",
+    "list_thing": "{thing}",
+    "list_name": "{A}",
+    "list_place": "{place}",
+    "list_colour": "{colour}",
+    "list_both": "{A} {thing}",
+    "list_comma": "{thing} ,",
     "list_end": "and so on .",
     "instruction": """
         tell a tale as if you were {mood} .
@@ -334,9 +335,11 @@ PLOTS = {
         5 pair? lead@A event@A lead@B event@B filler*0-2 behaviour@R behaviour@S
         5 lead@A event@A lead@B event@B lead@C? &event@C lead@D? &event@D lead@E? &event@E filler? react@R react@S
         2 opening event@A filler*0-2 react@A
-        6 pair bystander@C? bystander@D? bystander@E? filler*0-2 give@R filler? give@S?
-        5 fact@A fact@B filler*0-2 use@R use@S
-        5 fact@A fact@B fact@C fact@D? fact@E? filler*0-1 use@R use@C use@S
+        4 pair bystander@C? bystander@D? bystander@E? filler*0-2 give@R filler? give@S?
+        3 pair give@R give@S give@R give@S give@S?
+        3 fact@A fact@B filler*0-2 use@R use@S
+        4 fact@A fact@B use@R use@S use@S use@R use@R?
+        5 fact@A fact@B fact@C fact@D? fact@E? filler*0-1 use@R use@C use@S use@R
         3 fact@A fact@B fact@C fact@D fact@E fact@F? fact@G? fact@H? use@E use@R use@D use@S use@C
         3 goto@A goto@B goto@C? filler*0-2 meet@R meet@S
         3 opening count@A filler? more@A sum@A
@@ -350,9 +353,10 @@ PLOTS = {
         4 pair hello@R? lead@A event@A day_ask@A behaviour@A thanks@A?
         """,
     "question": """
-        8 fact@A fact@B ask_have@R ask_have@S ask_who@R? ask_have@A?
-        7 fact@A fact@B fact@C fact@D? fact@E? ask_have@R ask_who@S ask_have@C ask_what@R
+        6 fact@A fact@B ask_have@R ask_have@S ask_who@R? ask_have@A?
+        6 fact@A fact@B fact@C fact@D? fact@E? ask_have@R ask_who@S ask_have@C ask_what@R
         4 fact@A fact@B fact@C? fact@D? filler? ask_what@R ask_have@S ask_who@R
+        4 fact@A fact@B ask_what@R ask_what@S ask_who@R ask_who@S ask_what@R ask_who@S
         4 goto@A goto@B goto@C goto@D? ask_where@R ask_where@C ask_where@S
         8 lead@A event@A lead@B event@B lead@C? &event@C filler? ask_mood@R ask_mood@S
         2 opening event@A filler*0-3 behaviour@A ask_mood@A
@@ -361,11 +365,12 @@ PLOTS = {
         3 like@A like@B like@C? ask_colour@R ask_colour@S
         """,
     "list": """
-        3 list_open list_thing@%*12-23 list_end
+        2 list_open list_thing@%*12-23 list_end
         2 list_open list_name@%*12-23 list_end
         1 list_open list_place@%*12-23 list_end
         1 list_open list_colour@%*12-23 list_end
-        2 list_open list_both@%*12-23 list_end
+        3 list_open list_both@%*12-23 list_end
+        1 list_open list_comma@%*12-23 list_end
         """,
     "instruction": """
         5 instruction opening event@A filler*0-3 behaviour@A react@A?

@@ -204,6 +204,7 @@ def _other(person: jax.Array) -> jax.Array:
 
 
 def is_stage(stage: jax.Array, *names: str) -> jax.Array:
+    """Where a stage is one of those named."""
     return jnp.isin(stage, jnp.asarray([tables.STAGES.index(name) for name in names]))
 
 

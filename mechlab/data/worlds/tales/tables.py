@@ -102,6 +102,7 @@ _PROPER = " ".join((*grammar.GIRLS, *grammar.BOYS, grammar.CLASSES["weekday"]))
 tokenizer = WordTokenizer(words=VOCABULARY, proper=frozenset(_PROPER.split()))
 
 V = len(VOCABULARY)
+BOS_ID = tokenizer.id(BOS)
 CLASS_CODES = V + 2 * len(KINDS)
 
 

@@ -1,0 +1,1 @@
+"""Experiments that make subjects for other experiments."""

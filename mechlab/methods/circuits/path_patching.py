@@ -24,8 +24,7 @@ import numpy as np
 from mechlab.core.edits import Edit, Placed, Replace, at, combine
 from mechlab.core.model import Model
 from mechlab.core.sweeps import grid, sweep
-from mechlab.methods.circuits.reading import Metric, Read, at_read, logits_at
-from mechlab.models.transformer import unembed
+from mechlab.methods.circuits.reading import Metric, Read, logits_at
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -65,9 +64,9 @@ def paths_to_logits(
     runs = _runs(model, params, tokens, source)
 
     def through(sender: dict[str, jax.Array], params: Any, tokens: jax.Array, runs: Any) -> jax.Array:
+        # With every head frozen, the logits are what the final residual stream hears: there is no third run.
         edits = _sender(model, sender, runs, freeze_mlps)
-        final = model.capture({"params": params, "edits": edits}, tokens, sites=("resid_post",))[1]["resid_post"][-1]
-        return metric(unembed(model, {"params": params}, at_read(final, read)[:, None])[:, 0])
+        return metric(logits_at(model, {"params": params, "edits": edits}, tokens, read))
 
     return _over_heads(model, through, batch, params, tokens, runs)
 

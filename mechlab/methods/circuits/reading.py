@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mechlab.core.model import Model, Variables
-from mechlab.models.transformer import unembed
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -39,23 +38,13 @@ def at_read(x: Float[Array, "B T ..."], read: Read = -1) -> Float[Array, "B ..."
     >>> at_read(jnp.arange(6).reshape(2, 3), jnp.asarray([0, 2])).tolist()
     [0, 5]
     """
-    batch, length = x.shape[:2]
-    if np.shape(read) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(read), jnp.integer):
-        raise ValueError(f"read: wanted one position, or integers of shape ({batch},), got {read}.")
-    if not isinstance(read, jax.core.Tracer):
-        # NumPy, because under jit even an operation on a constant is traced.
-        known, low = np.asarray(read), -length if np.ndim(read) == 0 else 0
-        if known.min() < low or known.max() >= length:
-            raise ValueError(f"read: wanted positions {low}..{length - 1}, got {read}.")
-    return x[jnp.arange(batch), jnp.broadcast_to(jnp.asarray(read), (batch,)) % length]
+    return x[jnp.arange(len(x)), _positions(read, *x.shape[:2])]
 
 
 def logits_at(
     model: Model, variables: Variables, tokens: Int[Array, "B T"], read: Read = -1
 ) -> Float[Array, "B V"]:
-    """The logits at the position that is read.
-
-    Under ``jit`` no other position is unembedded, unless the final norm or the logits are edited.
+    """The logits at the position that is read; no other is unembedded, unless the final norm or the logits are edited.
 
     Args:
       model: a decoder from ``models.transformer``.
@@ -71,8 +60,8 @@ def logits_at(
     """
     if {"final_norm", "logits"} & set(variables.get("edits") or {}):
         return at_read(model.apply(variables, tokens), read)  # such edits may be shaped for all positions
-    final = model.capture(variables, tokens, sites=("resid_post",))[1]["resid_post"][-1]
-    return unembed(model, {"params": variables["params"]}, at_read(final, read)[:, None])[:, 0]
+    logits: jax.Array = model.apply(variables, tokens, None, None, None, _positions(read, *tokens.shape))
+    return logits[:, 0]
 
 
 def logit_difference(answers: Int[ArrayLike, "B 2"]) -> Metric:
@@ -96,3 +85,14 @@ def logit_difference(answers: Int[ArrayLike, "B 2"]) -> Metric:
         return chosen[:, 0] - chosen[:, 1]
 
     return metric
+
+
+def _positions(read: Read, batch: int, length: int) -> Int[Array, " B"]:
+    if np.shape(read) not in ((), (batch,)) or not jnp.issubdtype(jnp.result_type(read), jnp.integer):
+        raise ValueError(f"read: wanted one position, or integers of shape ({batch},), got {read}.")
+    if not isinstance(read, jax.core.Tracer):
+        # NumPy, because under jit even an operation on a constant is traced.
+        known, low = np.asarray(read), -length if np.ndim(read) == 0 else 0
+        if known.min() < low or known.max() >= length:
+            raise ValueError(f"read: wanted positions {low}..{length - 1}, got {read}.")
+    return jnp.broadcast_to(jnp.asarray(read), (batch,)) % length

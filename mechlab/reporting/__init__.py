@@ -4,6 +4,7 @@ from mechlab.reporting.figures import arm_bars, curve_band, heat_map, histogram,
 from mechlab.reporting.figures import save as save_figure
 from mechlab.reporting.gallery import build_gallery
 from mechlab.reporting.log import Log
+from mechlab.reporting.model_figures import depth_curves, head_maps
 from mechlab.reporting.results import (
     Claim,
     ClaimResult,
@@ -25,6 +26,8 @@ __all__ = [
     "arm_bars",
     "build_gallery",
     "curve_band",
+    "depth_curves",
+    "head_maps",
     "heat_map",
     "histogram",
     "judge_claims",

@@ -1,0 +1,87 @@
+"""Singular vectors and principal components, with signs that do not depend on the platform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+class Components(NamedTuple):
+    """Principal components.
+
+    Attributes:
+      mean: (..., D) mean of the rows.
+      directions: (..., R, D) orthonormal rows, largest variance first, signs by ``fix_signs``.
+      variances: (..., R) variance of the rows along each direction, ddof 0, in the square of their unit.
+    """
+
+    mean: Float[Array, "... D"]
+    directions: Float[Array, "... R D"]
+    variances: Float[Array, "... R"]
+
+
+def fix_signs(vectors: Float[Array, "... R D"]) -> Float[Array, "... R D"]:
+    """Rows with their sign chosen so that the entry of the largest magnitude (the first of several) is positive.
+
+    >>> fix_signs(jnp.array([[1.0, -2.0], [3.0, 1.0]])).tolist()
+    [[-1.0, 2.0], [3.0, 1.0]]
+    """
+    largest = jnp.take_along_axis(vectors, jnp.abs(vectors).argmax(-1, keepdims=True), axis=-1)
+    return jnp.where(largest < 0, -vectors, vectors)
+
+
+def truncated_svd(
+    matrix: Float[Array, "... N D"], rank: int
+) -> tuple[Float[Array, "... N R"], Float[Array, "... R"], Float[Array, "... R D"]]:
+    """The best approximation of a rank, ``(u * s) @ v``, uncentred, with the signs of the rows of v fixed.
+
+    Args:
+      matrix: (..., N, D).
+      rank: R, 1..min(N, D).
+
+    Returns:
+      u (..., N, R), s (..., R) decreasing, v (..., R, D).
+
+    Raises:
+      ValueError: a rank out of range.
+    """
+    most = min(np.shape(matrix)[-2:])
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank must be 1..{most} for a matrix of shape {np.shape(matrix)}, got {rank}.")
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, v = u[..., :rank], s[..., :rank], v[..., :rank, :]
+    fixed = fix_signs(v)
+    return u * jnp.where((fixed == v).all(-1), 1, -1)[..., None, :], s, fixed
+
+
+def pca(x: Float[Array, "... N D"], rank: int) -> Components:
+    """Principal components of the rows, after their mean is taken off.
+
+    Args:
+      x: (..., N, D); leading axes (depths, layers) are separate sets of rows.
+      rank: R, 1..min(N, D).
+
+    Raises:
+      ValueError: a rank out of range.
+    """
+    x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    mean = x.mean(-2)
+    _, s, directions = truncated_svd(x - mean[..., None, :], rank)
+    return Components(mean, directions, jnp.square(s) / x.shape[-2])
+
+
+def unit(vectors: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Vectors of length 1 in the same direction; a zero vector stays zero."""
+    length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / jnp.where(length == 0, jnp.ones((), length.dtype), length)
+
+
+def project(x: Float[Array, "... N D"], components: Components) -> Float[Array, "... N R"]:
+    """Coordinates of rows along principal components: ``(x - mean) . directions``."""
+    return jax.numpy.einsum("...nd,...rd->...nr", x - components.mean[..., None, :], components.directions)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mechlab.core import select
-from mechlab.models.layers import ACTIVATIONS, linear, rotate_positions
+from mechlab.models.layers import ACTIVATIONS, linear, rotate, rotation
 from mechlab.models.transformer import TransformerConfig, gpt2, llama, transformer
 from tests.models import reference
 from tests.models.tiny import CONFIGS, SIZES, TOKENS, decoder
@@ -170,23 +170,29 @@ def test_linear_contracts_the_last_input_axes() -> None:
     assert linear(args[0].astype(jnp.bfloat16), args[1], None, inputs=2).dtype == jnp.bfloat16
 
 
+def turned(x: jax.Array, position: int) -> jax.Array:
+    """x (1, 1, H, K) rotated as at one position, wavelengths of base 10,000."""
+    frequencies = 10_000.0 ** (-np.arange(0, x.shape[-1], 2) / x.shape[-1])
+    return rotate(x, rotation(jnp.asarray([position]), frequencies))
+
+
 def test_rotation_keeps_lengths_and_makes_scores_depend_on_the_distance() -> None:
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 2, 8)) for i in range(2))
 
     def score(t: int, s: int) -> jax.Array:
-        turned = (rotate_positions(x, jnp.asarray([p]), 10_000.0) for x, p in ((q, t), (k, s)))
-        return jnp.einsum("bthk,bthk->h", *turned)
+        both = (turned(x, p) for x, p in ((q, t), (k, s)))
+        return jnp.einsum("bthk,bthk->h", *both)
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-4, atol=1e-4)
     assert not np.allclose(score(7, 3), score(7, 4), atol=1e-3)
-    np.testing.assert_array_equal(rotate_positions(q, jnp.asarray([0]), 10_000.0), q)
-    far = rotate_positions(q, jnp.asarray([1_000_003]), 10_000.0)
+    np.testing.assert_array_equal(turned(q, 0), q)
+    far = turned(q, 1_000_003)
     np.testing.assert_allclose(jnp.linalg.norm(far, axis=-1), jnp.linalg.norm(q, axis=-1), rtol=1e-4)
 
 
 def test_rotary_angles_are_exact_in_bfloat16_beyond_position_256() -> None:
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
-    at_256, at_257 = (rotate_positions(x, jnp.asarray([p]), 10_000.0) for p in (256, 257))
+    at_256, at_257 = (turned(x, p) for p in (256, 257))
     assert at_256.dtype == jnp.bfloat16
     assert not np.array_equal(at_256, at_257)
 

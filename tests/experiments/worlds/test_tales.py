@@ -19,6 +19,10 @@ from mechlab.models.subjects import SHAPES, SIZES, load_stories260k, load_tales,
 from mechlab.reporting.log import Log
 
 
+LIST_LOSS = 4.773
+"""Of S after 80 steps on lists, with key 0: another grammar, loss, optimiser or model has another one."""
+
+
 def test_the_loss_weights_what_does_not_follow_from_the_text() -> None:
     model = decoder("S")
     params = model.init(jax.random.key(0))
@@ -53,13 +57,13 @@ def test_muon_moves_every_layer_by_itself() -> None:
         assert 0.05 < singular.min() and singular.max() < 0.13
 
 
-def test_a_short_training_learns_to_copy_lists() -> None:
-    config = Config(sizes=("S",), list_steps=60, focus_steps=2, plain_steps=2, rows=16, length=64, items=16)
-    _, curves = train(jax.random.key(0), decoder("S"), config, Log(), "S")
-    lists = curves["loss"][:21]
-    assert curves["tokens"][0] == 0 and curves["tokens"][-1] == 64 * 16 * 64
-    assert lists[0] == pytest.approx(np.log(len(tales.VOCABULARY)), abs=0.6)
-    assert np.isfinite(lists).all()
+def test_a_short_training_ends_at_the_loss_it_always_ends_at() -> None:
+    config = Config(sizes=("S",), list_steps=80, question_steps=1, focus_steps=1, plain_steps=1, items=16)
+    params, curves = train(jax.random.key(0), decoder("S"), config, Log(), "S")
+    assert curves["tokens"][0] == 0 and curves["tokens"][-1] == 81 * 16 * 64 + 16 * 96 + 4 * 256
+    assert curves["loss"][0] == pytest.approx(np.log(len(tales.VOCABULARY)), abs=0.6)
+    lists = tales.sample_batch(jax.random.key(1), 64, length=64, genres=("list",))
+    assert float(loss(decoder("S"), 0.02, params, lists)) == pytest.approx(LIST_LOSS, rel=0.02)
 
 
 def test_a_run_measures_writes_weights_that_load_and_ships_them(tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_a_run_measures_writes_weights_that_load_and_ships_them(tmp_path: Path) 
     assert {f"S/{kind}/1" for kind in tales.ITEM_KINDS} <= set(result.metrics)
     folder = tmp_path / "checkpoints" / "weights" / "tales-S"
     card = json.loads((folder / "card.json").read_text())
-    assert card["digest"] == tales.DIGEST and card["tokens"] == 15 * 4 * 64
+    assert card["digest"] == tales.DIGEST and card["tokens"] == 2 * 5 * 4 * 64 + 5 * 4 * 96 + 5 * 256
     with pytest.raises(FileNotFoundError, match="tales-M"):
         ship_tales.ship(tmp_path, tmp_path / "package")
 
@@ -89,7 +93,7 @@ def test_what_ships_is_small() -> None:
 
 
 def test_unknown_sizes_are_refused_by_name() -> None:
-    with pytest.raises(UnknownName, match='Did you mean "M"|Known'):
+    with pytest.raises(UnknownName, match=r"size"):
         load_tales("m")  # type: ignore[arg-type]
     with pytest.raises(UnknownName):
         tales_card("XL")  # type: ignore[arg-type]

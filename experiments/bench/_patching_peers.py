@@ -2,11 +2,11 @@
 
     python _patching_peers.py PEER FOLDER
 
-It imports nothing from this repository, so that a peer may need other versions than we do. FOLDER holds a GPT-2 checkpoint
-(``config.json``, ``model.safetensors``) and ``prompts-T.npz`` (tokens, clean, answers) per length. It says on stdout that
-it is ready, then answers one JSON line per line: ``{"length": T, "cells": [[site, layer, head, position], ...]}`` ->
-``{"seconds": s, "values": [...]}``. A position of -1 means all of them; the residual stream has head -1. The metric is the
-mean over prompts of logit[answer 0] - logit[answer 1] at the last position.
+It imports nothing from this repository, so that a peer may need other versions than we do. FOLDER holds a GPT-2
+checkpoint (``config.json``, ``model.safetensors``) and ``prompts-NAME.npz`` (tokens, clean, answers). It says on stdout
+that it is ready, then answers lines of JSON: ``{"prompts": NAME, "cells": [[site, layer, head, position], ...]}`` gives
+``{"seconds": s, "values": [...]}``. A position of -1 means all of them; the residual stream has head -1. The metric is
+the mean over prompts of logit[answer 0] - logit[answer 1] at the last position.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def main(peer: str, folder: Path) -> None:
     prepare = PEERS[peer](folder)
     ready = {"version": version(package), "torch": torch.__version__, "threads": torch.get_num_threads()}
     print(json.dumps(ready | {"seconds": time.perf_counter() - start}), file=answers)
-    runs: dict[int, Callable[[list[Cell]], np.ndarray]] = {}
+    runs: dict[str, Callable[[list[Cell]], np.ndarray]] = {}
     for line in sys.stdin:
         asked = json.loads(line)
-        length = asked["length"]
-        if length not in runs:
-            prompts = np.load(folder / f"prompts-{length}.npz")
-            runs[length] = prepare(**{name: torch.tensor(prompts[name]) for name in ("tokens", "clean", "answers")})
+        name = asked["prompts"]
+        if name not in runs:
+            prompts = np.load(folder / f"prompts-{name}.npz")
+            runs[name] = prepare(**{key: torch.tensor(prompts[key]).long() for key in ("tokens", "clean", "answers")})
         start = time.perf_counter()
-        values = runs[length]([tuple(cell) for cell in asked["cells"]])
+        values = runs[name]([tuple(cell) for cell in asked["cells"]])
         seconds = time.perf_counter() - start
         print(json.dumps({"seconds": seconds, "values": np.asarray(values, float).tolist()}), file=answers)
 
@@ -152,7 +152,7 @@ def _hooked_transformer(folder: Path) -> Any:
 
 
 def nnsight(folder: Path) -> Any:
-    """nnsight around transformers' GPT-2: one trace per batch of cells of a layer, the prompts repeated for each cell."""
+    """nnsight around transformers' GPT-2: one trace per batch of cells of a layer, the prompts repeated for each."""
     from nnsight import NNsight
 
     model: Any = NNsight(hugging_face(folder))

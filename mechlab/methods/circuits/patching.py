@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mechlab.core.errors import unknown
 from mechlab.core.model import Model
 from mechlab.methods.circuits import resumed
-from mechlab.methods.circuits.resumed import Run
+from mechlab.methods.circuits.resumed import Metric, Run, sweep_cells
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -35,13 +35,8 @@ if TYPE_CHECKING:
 STREAM_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 HEAD_SITES = ("q", "k", "v", "attn_pattern", "attn_z")
 
-MEMORY = 2**28
-"""Bytes of activations that the cells of one chunk may take together, by default."""
-
 PROGRAMS = 8
 """Positions are patched in at most this many groups; each group is compiled for the positions that follow its first."""
-
-Metric = Callable[[jax.Array], jax.Array]
 
 
 def patch_residual(
@@ -54,7 +49,7 @@ def patch_residual(
     site: str = "resid_post",
     positions: Sequence[int] | None = None,
     read: int = -1,
-    answers: Int[Array, "N"] | None = None,
+    answers: Int[Array, " N"] | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "L P ..."]:
@@ -73,7 +68,7 @@ def patch_residual(
         to some position, those before it change nothing.
       read: position whose logits the metric sees; the last by default.
       answers: the metric sees the logits of these tokens only, (B, N); of the whole vocabulary by default.
-      batch: cells at once; by default what fits ``MEMORY``.
+      batch: cells at once; by default what fits ``resumed.MEMORY``.
       mesh: spread the cells over the mesh's "data" axis.
 
     Returns:
@@ -81,7 +76,7 @@ def patch_residual(
 
     Raises:
       KeyError: a site that is not in the residual stream, or that this model does not have.
-      ValueError: positions that the prompts do not have, a source that does not fit them, or a model that is not causal.
+      ValueError: positions that the prompts do not have, a source that does not fit them, a model that is not causal.
     """
     if site not in STREAM_SITES:
         raise unknown("site of the residual stream", site, STREAM_SITES)
@@ -112,7 +107,7 @@ def patch_residual(
 
     def group(start: int, positions: np.ndarray) -> jax.Array:
         entered = 0 if site == "resid_pre" else 1
-        return _sweep(run, patched, positions, start, metric, answers, batch, mesh, entered)[:, :, 0]
+        return sweep_cells(run, patched, positions, start, metric, answers, batch, mesh, entered)[:, :, 0]
 
     return _by_position(run, group, positions, metric, answers)
 
@@ -126,7 +121,7 @@ def patch_heads(
     *,
     positions: Sequence[int] | None = None,
     read: int = -1,
-    answers: Int[Array, "N"] | None = None,
+    answers: Int[Array, " N"] | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "L H ..."]]:
@@ -160,7 +155,7 @@ def patch_heads(
         return resumed.leave_block(run.config, params, x, out)
 
     groups = np.arange(run.config.n_kv_heads)
-    values = _sweep(run, patched, groups, start, metric, answers, batch, mesh)
+    values = sweep_cells(run, patched, groups, start, metric, answers, batch, mesh)
     return _by_site(run, values, tuple(source))
 
 
@@ -173,7 +168,7 @@ def patch_heads_by_position(
     *,
     positions: Sequence[int] | None = None,
     read: int = -1,
-    answers: Int[Array, "N"] | None = None,
+    answers: Int[Array, " N"] | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[str, Float[Array, "L H P ..."]]:
@@ -183,7 +178,7 @@ def patch_heads_by_position(
 
     Args:
       source: {site: activation in the source run}, any of ``HEAD_SITES``, from ``model.capture``.
-      positions: positions to patch, one at a time, increasing; all by default. Of ``attn_pattern`` the query's position.
+      positions: positions to patch, one at a time, increasing; all by default. Of ``attn_pattern`` the query's.
       model, params, tokens, metric, read, answers, batch, mesh: as for ``patch_heads``.
 
     Returns:
@@ -220,7 +215,7 @@ def patch_heads_by_position(
 
     def group(start: int, positions: np.ndarray) -> dict[str, jax.Array]:
         cells = {"position": np.repeat(positions, groups), "group": np.tile(np.arange(groups), len(positions))}
-        values = _sweep(run, patched, cells, start, metric, answers, batch, mesh)
+        values = sweep_cells(run, patched, cells, start, metric, answers, batch, mesh)
         values = values.reshape(values.shape[0], len(positions), groups, *values.shape[2:])
         return jax.vmap(lambda x: _by_site(run, x, (*local, *spreading)), 1, 1)(values)
 
@@ -238,7 +233,7 @@ def patch_neurons(
     neurons: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
     read: int = -1,
-    answers: Int[Array, "N"] | None = None,
+    answers: Int[Array, " N"] | None = None,
     batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "L N ..."]:
@@ -276,7 +271,7 @@ def patch_neurons(
         mid = resumed.after_attention(run.config, params, acts["resid_pre"][:, rows], acts["attn_out"][:, rows])
         return resumed.after_mlp(run.config, params, mid, out)[None]
 
-    return _sweep(run, patched, units, start, metric, answers, batch, mesh)[:, :, 0]
+    return sweep_cells(run, patched, units, start, metric, answers, batch, mesh)[:, :, 0]
 
 
 def _patched_z(
@@ -288,7 +283,7 @@ def _patched_z(
     here: jax.Array,
     start: int,
 ) -> jax.Array:
-    """z of positions ``start..`` of all heads, (cells, B, n, G, R, K), one key-value head or one of its readers patched.
+    """z of positions ``start..`` of all heads, (cells, B, n, G, R, K), a key-value head or one of its readers patched.
 
     Cells are in the order of ``sites``; ``k`` and ``v`` have one, the others one per query head of the group. ``here``
     says which positions are patched, (T,) bool.
@@ -349,66 +344,6 @@ def _by_site(run: Run, values: jax.Array, sites: tuple[str, ...]) -> dict[str, j
     return {
         site: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]) for site, x in zip(sites, parts, strict=True)
     }
-
-
-def _sweep(
-    run: Run,
-    patched: Callable[..., jax.Array],
-    cells: Any,
-    start: int,
-    metric: Metric,
-    answers: jax.Array | None,
-    batch: int | None,
-    mesh: Mesh | None,
-    entered: int = 1,
-) -> jax.Array:
-    """The metric of every layer and cell, (L, cells, E, ...), in chunks of cells of one layer.
-
-    Args:
-      patched: (layer, cell, start) -> (E, B, n, D), E variants of the stream that enters layer + ``entered``.
-      cells: pytree of NumPy arrays (cells, ...).
-      start: the first position carried.
-    """
-    (total,) = {len(leaf) for leaf in jax.tree.leaves(cells)}
-    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cells)
-    one = jax.eval_shape(lambda cell: patched(0, cell, start), one_cell)
-    if batch is None:
-        batch = max(1, MEMORY // (one.shape[0] * _cell_bytes(run, one, answers)))
-    chunks = -(-total // batch)
-    size = -(-total // chunks)
-    if mesh is not None:
-        size = -(-size // mesh.shape["data"]) * mesh.shape["data"]
-        chunks = -(-total // size)
-
-    def step(number: jax.Array) -> jax.Array:
-        layer = number // chunks
-        # The last chunk repeats its last cell instead of having a shape, and a program, of its own.
-        index = jnp.minimum(number % chunks * size + jnp.arange(size), total - 1)
-        some = jax.tree.map(lambda x: _spread(jnp.asarray(x)[index], mesh), cells)
-        states = jax.vmap(lambda cell: patched(layer, cell, start))(some)
-        states = _spread(states.reshape(-1, *states.shape[2:]), mesh)
-        logits = resumed.read_out(run, resumed.finish(run, states, layer + entered, start), answers)
-        values = jax.vmap(metric)(logits)
-        return values.reshape(size, -1, *values.shape[1:])
-
-    values = jax.lax.map(step, jnp.arange(run.config.layers * chunks))
-    return values.reshape(run.config.layers, chunks * size, *values.shape[2:])[:, :total]
-
-
-def _cell_bytes(run: Run, states: Any, answers: jax.Array | None) -> int:
-    """Bytes of the activations of one cell within one layer, about."""
-    config = run.config
-    _, prompts, carried, width = states.shape
-    hidden = (3 if config.gated else 2) * (config.hidden or 0)
-    per_position = 6 * width + 3 * config.heads * config.d_head + hidden + 2 * config.heads * run.stop
-    logits = config.vocabulary if answers is None else len(answers)
-    return 4 * prompts * (carried * per_position + 2 * logits)
-
-
-def _spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
 
 
 def _by_position(

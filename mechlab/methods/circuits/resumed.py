@@ -1,9 +1,9 @@
 """The rest of a decoder's forward pass, from any layer and any position on.
 
-A patch at layer l and position t leaves all layers below l and, because attention looks back only, all positions before t
-as they were. So a patched run starts after layer l from the unpatched run's residual stream, and carries only the
-positions ``start..stop-1``; attention reads the keys and values of earlier positions from the unpatched run. In the last
-layer only the position that is read needs a query, an MLP and logits.
+A patch at layer l and position t leaves all layers below l and, because attention looks back only, all positions before
+t as they were. So a patched run starts after layer l from the unpatched run's residual stream, and carries only the
+positions ``start..stop-1``; attention reads the keys and values of earlier positions from the unpatched run. In the
+last layer only the position that is read needs a query, an MLP and logits.
 
 The functions below are the block of ``models/blocks.py`` once more, cut where patching cuts it and without sites; the
 tests hold them to ``model.apply`` in every family. Letters: C cells (patched variants of the run), B prompts, T
@@ -12,12 +12,13 @@ positions, n = stop - start positions carried, G key-value heads with R query he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mechlab.core.model import Model
 from mechlab.models.blocks import View, local_layers, views
@@ -26,6 +27,11 @@ from mechlab.models.transformer import TransformerConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+MEMORY = 2**27
+"""Bytes of activations that the cells of one chunk may take together, by default."""
+
+Metric = Callable[[jax.Array], jax.Array]
 
 
 @struct.dataclass
@@ -113,7 +119,67 @@ def finish(run: Run, resid: Float[Array, "C B n D"], layer: jax.Array | int, sta
     return jax.lax.cond(layer > last, lambda x: x[:, :, -1:], lambda x: attend(last, x, 1), x)[:, :, 0]
 
 
-def read_out(run: Run, resid: Float[Array, "... D"], answers: Int[Array, "N"] | None) -> Float[Array, "... V"]:
+def sweep_cells(
+    run: Run,
+    patched: Callable[..., jax.Array],
+    cells: Any,
+    start: int,
+    metric: Metric,
+    answers: jax.Array | None,
+    batch: int | None,
+    mesh: Mesh | None,
+    entered: int = 1,
+) -> jax.Array:
+    """The metric of every layer and cell, (L, cells, E, ...), in chunks of cells of one layer.
+
+    Args:
+      patched: (layer, cell, start) -> (E, B, n, D), E variants of the stream that enters layer + ``entered``.
+      cells: pytree of NumPy arrays (cells, ...).
+      start: the first position carried.
+    """
+    (total,) = {len(leaf) for leaf in jax.tree.leaves(cells)}
+    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cells)
+    one = jax.eval_shape(lambda cell: patched(0, cell, start), one_cell)
+    if batch is None:
+        batch = max(1, MEMORY // (one.shape[0] * _cell_bytes(run, one, answers)))
+    chunks = -(-total // batch)
+    size = -(-total // chunks)
+    if mesh is not None:
+        size = -(-size // mesh.shape["data"]) * mesh.shape["data"]
+        chunks = -(-total // size)
+
+    def step(number: jax.Array) -> jax.Array:
+        layer = number // chunks
+        # The last chunk repeats its last cell instead of having a shape, and a program, of its own.
+        index = jnp.minimum(number % chunks * size + jnp.arange(size), total - 1)
+        some = jax.tree.map(lambda x: _spread(jnp.asarray(x)[index], mesh), cells)
+        states = jax.vmap(lambda cell: patched(layer, cell, start))(some)
+        states = _spread(states.reshape(-1, *states.shape[2:]), mesh)
+        logits = read_out(run, finish(run, states, layer + entered, start), answers)
+        values = jax.vmap(metric)(logits)
+        return values.reshape(size, -1, *values.shape[1:])
+
+    values = jax.lax.map(step, jnp.arange(run.config.layers * chunks))
+    return values.reshape(run.config.layers, chunks * size, *values.shape[2:])[:, :total]
+
+
+def _cell_bytes(run: Run, states: Any, answers: jax.Array | None) -> int:
+    """Bytes of the activations of one cell within one layer, about."""
+    config = run.config
+    _, prompts, carried, width = states.shape
+    hidden = (3 if config.gated else 2) * (config.hidden or 0)
+    per_position = 6 * width + 3 * config.heads * config.d_head + hidden + 2 * config.heads * run.stop
+    logits = config.vocabulary if answers is None else len(answers)
+    return 4 * prompts * (carried * per_position + 2 * logits)
+
+
+def _spread(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def read_out(run: Run, resid: Float[Array, "... D"], answers: Int[Array, " N"] | None) -> Float[Array, "... V"]:
     """Final norm and logits, of all tokens or of ``answers`` only."""
     config, params = run.config, run.params
     if config.norm_order != "post":

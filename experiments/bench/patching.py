@@ -92,8 +92,8 @@ SIZES = {
         repeats=2,
         depths=(2,),
     ),
-    "cpu": Size(most=24),
-    "accel": Size(most=256, repeats=5),
+    "cpu": Size(most=12, repeats=2),
+    "accel": Size(lengths=(15, 256), most=64, repeats=5),
 }
 
 
@@ -107,17 +107,20 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
         prompts = _prompts(size)
         hub.export(folder, model, params, family="gpt2")
         for name, arrays in prompts.items():
-            np.savez(Path(folder) / f"prompts-{name}.npz", **{key: np.asarray(x) for key, x in arrays.items()})  # type: ignore[arg-type]
+            whole: dict[str, Any] = {key: np.asarray(x) for key, x in arrays.items()}
+            np.savez(Path(folder) / f"prompts-{name}.npz", **whole)
         with running(Path(__file__).with_name("_patching_peers.py"), PEERS, Path(folder)) as peers:
-            record = {
-                "size": dataclasses.asdict(size),
-                "machine": _machine(peers),
-                "flagship": flagship(model, params, size, prompts, peers),
-                "maps": {str(length): maps(model, params, size, prompts, peers, length) for length in size.lengths},
-                "chunks": chunks(model, params, size, prompts["everywhere"]),
-                "compile": compile_time(size),
+            record = {"size": dataclasses.asdict(size), "machine": _machine(peers)}
+            parts: dict[str, Callable[[], Any]] = {
+                "flagship": lambda: flagship(model, params, size, prompts, peers),
+                "chunks": lambda: chunks(model, params, size, prompts["everywhere"]),
+                "maps": lambda: {str(n): maps(model, params, size, prompts, peers, n) for n in size.lengths},
+                "compile": lambda: compile_time(size),
             }
-    write_json(out / "patching.json", record)
+            for name, measure in parts.items():
+                record[name] = measure()
+                # What was measured survives if a later part is stopped.
+                write_json(out / "patching.json", record)
     _print(record)
     return record
 
@@ -409,7 +412,7 @@ def _machine(peers: dict[str, Peer]) -> dict[str, Any]:
     return {
         "device": device.device_kind,
         "platform": device.platform,
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "processor": platform.machine(),
         "load before": os.getloadavg()[0],
         "jax": version("jax"),

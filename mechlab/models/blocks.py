@@ -76,6 +76,14 @@ def views(config: TransformerConfig, positions: jax.Array, slots: int | None = N
     return tuple(view(local) for local, present in kinds.items() if present)
 
 
+def view_of(config: TransformerConfig, seen: tuple[View, ...], layer: jax.Array | int) -> View:
+    """The one of ``views`` that a layer has; the layer may be traced."""
+    if len(seen) == 1:
+        return seen[0]
+    local = jnp.asarray(np.isin(np.arange(config.layers), config.windowed))[layer]
+    return jax.tree.map(lambda everywhere, near: jnp.where(local, near, everywhere), *seen)
+
+
 def stacked(config: TransformerConfig, name: str | None = None) -> Any:
     """All blocks as one module, ``((x, cache), positions, views, layers)`` as in ``Block``, with layers 0 .. L-1.
 
@@ -105,10 +113,7 @@ class Block(nn.Module):
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         config = self.config
         x, cache = carry
-        view = views[0]
-        if len(views) == 2:
-            local = jnp.asarray(np.isin(np.arange(config.layers), config.windowed))[layer]
-            view = jax.tree.map(lambda a, b: jnp.where(local, b, a), *views)
+        view = view_of(config, views, layer)
         post = config.norm_order == "post"
 
         x = site(self, "resid_pre", x, "B T D", positions=positions)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.bench import run_all
+from experiments.bench._peers import running
 
 
 def run(name, folder):
@@ -25,6 +27,33 @@ def test_core_sweeps_as_the_loop_does(tmp_path):
 
 def test_training_ends_where_its_loop_ends(tmp_path):
     assert run("training", tmp_path)["largest difference in the trained parameters"] < 1e-5
+
+
+@pytest.mark.slow
+def test_patching_gives_what_edited_forwards_give(tmp_path, monkeypatch):
+    monkeypatch.delenv("MECHLAB_PEERS", raising=False)
+    record = run("patching", tmp_path)
+    found = record["flagship"]
+    assert found["largest difference"]["edited forwards"] < 1e-5 < found["largest effect"]["everywhere"]
+    assert record["machine"]["peers"] == {}
+    assert set(record["maps"]["4"]) == {"layer x position", "layer x head"}
+    assert set(record["compile"]) == {"2"}
+
+
+def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    with running(tmp_path / "no_script.py", ("no_such_package",), tmp_path) as peers:
+        assert peers == {}
+
+
+def test_a_peer_that_ends_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    script = tmp_path / "peer.py"
+    script.write_text("print('{\"version\": \"1\"}', flush=True)")
+    with running(script, ("numpy",), tmp_path) as peers:
+        (label,) = peers
+        with pytest.raises((RuntimeError, BrokenPipeError)):
+            peers[label].ask("demo", [])
 
 
 @pytest.mark.slow

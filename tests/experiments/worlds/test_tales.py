@@ -18,7 +18,6 @@ from mechlab.data.worlds import tales
 from mechlab.models.subjects import SHAPES, SIZES, load_stories260k, load_tales, tales_card
 from mechlab.reporting.log import Log
 
-
 LIST_LOSS = 4.773
 """Of S after 80 steps on lists, with key 0: another grammar, loss, optimiser or model has another one."""
 

@@ -146,7 +146,7 @@ class TransformerConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        problems = _size_problems(self) or [*_kind_problems(self), *_rotary_problems(self)]
+        problems = _size_problems(self) or [*_head_problems(self), *_kind_problems(self), *_rotary_problems(self)]
         if problems:
             raise ValueError(f"TransformerConfig: {'; '.join(problems)}.")
 
@@ -228,8 +228,11 @@ def _size_problems(config: TransformerConfig) -> list[str]:
         size = getattr(config, name)
         if size is not None and size < 1:
             problems.append(f"{name} must be at least 1 or None, got {size}")
-    if problems:
-        return problems
+    return problems
+
+
+def _head_problems(config: TransformerConfig) -> list[str]:
+    problems = []
     if config.head_width is None and config.width % config.heads:
         problems.append(f"heads={config.heads} does not divide width={config.width}; give head_width")
     if config.heads % config.n_kv_heads:

@@ -108,10 +108,10 @@ def test_all_problems_of_a_configuration_are_listed_together() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"width": 20, "heads": 4, "positions": "rotary"}, "even head width, got 5"),
+        ({"width": 20, "heads": 4, "positions": "rotary"}, "even width of 2..5, got head width 5"),
         ({"heads": 3}, "heads=3 does not divide width=16; give head_width"),
         ({"kv_heads": 3}, "kv_heads=3 does not divide heads=4"),
-        ({"norm": "none"}, 'norm must be "layer" or "rms", got "none"'),
+        ({"norm": "none"}, 'norm must be one of layer, rms, rms_plus_one, got "none"'),
         ({"positions": "none"}, "positions must be"),
     ],
 )

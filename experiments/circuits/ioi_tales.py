@@ -34,6 +34,7 @@ from mechlab.core.model import Model
 from mechlab.core.rng import stream
 from mechlab.core.sweeps import sweep
 from mechlab.data.worlds import tales
+from mechlab.data.worlds.tales import tables
 from mechlab.methods.circuits import heads as head_scores
 from mechlab.methods.circuits.ablation import ablation_effects, faithfulness, keep_only, mean_fill
 from mechlab.methods.circuits.attribution import attribution_patching
@@ -176,9 +177,9 @@ def find_circuit(
     )  # fmt: skip
 
     # ---- what do heads look at --------------------------------------------------------------------------------------
-    repeated = head_scores.repeated_tokens(
-        stream(key, "repeated"), 32, 20, jnp.arange(3, config.vocabulary), start=tokenizer.ids["<bos>"]
-    )
+    # Only names and things are ever repeated in lists of this world.
+    pool = np.concatenate([tables.NAMES, tables.THINGS])
+    repeated = head_scores.repeated_tokens(stream(key, "repeated"), 32, 20, pool, start=tokenizer.ids["<bos>"])
     pattern = capture(params, repeated)["attn_pattern"]
     rows = jnp.arange(len(clean))
     giver = acts["attn_pattern"][:, :, :, places["giver"]]

@@ -17,8 +17,8 @@ def all_figures(metrics: Mapping[str, Metric], curves: Mapping[str, Any], config
     """Learning curves, and accuracy on items against distractors, by size."""
     figures = {
         "loss": learning(curves, ("loss", "loss of what follows"), ylabel="cross-entropy (nats a token)"),
-        f"learning_{config.sizes[-1]}": learning(
-            {config.sizes[-1]: curves[config.sizes[-1]]}, tales.ITEM_KINDS, ylabel="items answered (share)", chance=0.5
+        f"learning_{config.sizes[0]}": learning(
+            {config.sizes[0]: curves[config.sizes[0]]}, tales.ITEM_KINDS, ylabel="items answered (share)", chance=0.5
         ),
     }
     if len(config.distractors) > 1:

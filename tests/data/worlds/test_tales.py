@@ -114,7 +114,8 @@ def test_spans_hold_what_the_latents_say(texts: tales.Documents) -> None:
             elif name == "label":
                 assert said == [tales.LABELS[value]]
             elif name == "period":
-                item = 3 if row[start + 1] != "," else 2
+                stage = tales.STAGES[texts.stages[i, start]]
+                item = 2 if stage in ("list_both", "list_comma") else 1
                 assert stop - start == item * value
                 assert row[stop : stop + item] in (said[:item], ["and", "so", "on"][:item])
             else:
@@ -170,6 +171,7 @@ def test_a_batch_is_rows_of_whole_documents() -> None:
     assert (tokens[:, 0] == 1).all()
     assert mask[:, :-1].all() and not mask[:, -1].any()
     for row in tokens:
+        row = row[:-1] if row[-1] == 1 else row  # a document that has just begun is no text yet
         text = tales.tokenizer.decode(row)
         assert tales.tokenizer.encode(text).tolist() == row.tolist()
         for document in text.split("\n")[:-1]:

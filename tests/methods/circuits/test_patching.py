@@ -22,32 +22,13 @@ from mechlab.methods.circuits.patching import (
     patch_residual,
 )
 from mechlab.models.transformer import gpt2, llama, transformer
+from tests.models.test_transformer_kinds import KINDS as FAMILIES
 from tests.models.tiny import SIZES, scrambled
 
-KINDS = {
+KINDS = {kind: config for kind, config in FAMILIES.items() if kind in ("neox", "mistral", "gemma2", "gemma3")} | {
     "gpt2": gpt2(**SIZES),
     "llama": llama(**SIZES, kv_heads=2, tied=False),
-    "neox": gpt2(**SIZES, parallel=True, positions="rotary", rope_width=2, tied=False, bias_qkv=False),
-    "mistral": llama(**SIZES | {"head_width": 6}, window=3, kv_heads=1, bias_qkv=True),
-    "gemma2": llama(
-        **SIZES,
-        norm="rms_plus_one",
-        norm_order="sandwich",
-        window=2,
-        local_layers=(0, 2),
-        attn_scale=0.7,
-        attn_softcap=0.5,
-        logit_softcap=2.0,
-        embed_scale=4.0,
-    ),
-    "gemma3": llama(
-        **SIZES,
-        norm="rms_plus_one",
-        qk_norm=True,
-        window=3,
-        local_layers=(1,),
-        rope_local_theta=10.0,
-    ),
+    "one group": llama(**SIZES | {"head_width": 6}, kv_heads=1),
     "attention only": gpt2(**SIZES | {"hidden": None}),
     "post-norm": gpt2(**SIZES, norm_order="post"),
     "one layer": gpt2(**SIZES | {"layers": 1}),

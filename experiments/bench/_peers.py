@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import jax
 
 VARIABLE = "MECHLAB_PEERS"
 """Environment variable: the interpreters in which peers are looked for, separated as in PATH."""
@@ -78,3 +82,17 @@ def _label(python: str, name: str) -> str | None:
     question = f"from importlib.metadata import version; print(version('{name.partition('.')[0]}'))"
     answer = subprocess.run([python, "-c", question], check=False, capture_output=True, text=True)
     return f"{name} {answer.stdout.strip()}" if answer.returncode == 0 else None
+
+
+def machine(peers: dict[str, Peer]) -> dict[str, Any]:
+    """Where a benchmark runs, and against what, for its record."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": platform.machine(),
+        "load before": os.getloadavg()[0],
+        "jax": version("jax"),
+        "peers": {label: peer.about for label, peer in peers.items()},
+    }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -70,3 +71,16 @@ class Stopwatch:
 def describe(measured: dict[str, float]) -> str:
     """``4.2x (3.9-4.4)``."""
     return f"{measured['median']:.2f}x ({measured['low']:.2f}-{measured['high']:.2f})"
+
+
+def matmul_peak(inputs: int, outputs: int, rows: int = 2048) -> float:
+    """FLOP per second of one float32 matrix product alone, (rows, inputs) by (inputs, outputs), the best of several."""
+    a, b = jnp.ones((rows, inputs)), jnp.ones((inputs, outputs))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, b))
+    best = np.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        jax.block_until_ready(product(a, b))
+        best = min(best, time.perf_counter() - start)
+    return 2 * rows * inputs * outputs / best

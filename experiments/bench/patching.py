@@ -13,23 +13,19 @@ and cores, interleaved with ours; they run a stated subset of the cells, which c
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
-from experiments.bench._peers import VARIABLE, Peer, running
-from experiments.bench._timing import compile_seconds, describe, ratio
+from experiments.bench._patching_table import print_record
+from experiments.bench._peers import Peer, machine, running
+from experiments.bench._timing import compile_seconds, matmul_peak, ratio
 from mechlab.core.edits import Replace, at
 from mechlab.core.model import Model
 from mechlab.core.sweeps import sweep
@@ -110,7 +106,7 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
             whole: dict[str, Any] = {key: np.asarray(x) for key, x in arrays.items()}
             np.savez(Path(folder) / f"prompts-{name}.npz", **whole)
         with running(Path(__file__).with_name("_patching_peers.py"), PEERS, Path(folder)) as peers:
-            record = {"size": dataclasses.asdict(size), "machine": _machine(peers)}
+            record = {"size": dataclasses.asdict(size), "machine": machine(peers)}
             parts: dict[str, Callable[[], Any]] = {
                 "flagship": lambda: flagship(model, params, size, prompts, peers),
                 "chunks": lambda: chunks(model, params, size, prompts["everywhere"]),
@@ -121,7 +117,7 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
                 record[name] = measure()
                 # What was measured survives if a later part is stopped.
                 write_json(out / "patching.json", record)
-    _print(record)
+    print_record(record)
     return record
 
 
@@ -167,7 +163,7 @@ def flagship(
     }
     edited = [cell for cell in probes if cell[2] % 6 == 0]
     apart["edited forwards"] = _against_edits(model, params, prompts["everywhere"], found["everywhere"], edited)
-    peak = _matmul_peak(size)
+    peak = matmul_peak(size.width, size.hidden)
     return {
         "cells": total,
         "cells run": {
@@ -393,59 +389,6 @@ def _arithmetic(size: Size, positions: list[int], seconds: float, peak: float) -
     return {"GFLOP": flop / 1e9, "GFLOP/s": flop / 1e9 / seconds, "share of matmul peak": flop / seconds / peak}
 
 
-def _matmul_peak(size: Size) -> float:
-    """FLOP per second of the MLP's product alone, the best of several."""
-    rows = 2048
-    a, b = jnp.ones((rows, size.width)), jnp.ones((size.width, size.hidden))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, b))
-    best = np.inf
-    for _ in range(20):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a, b))
-        best = min(best, time.perf_counter() - start)
-    return 2 * rows * size.width * size.hidden / best
-
-
-def _machine(peers: dict[str, Peer]) -> dict[str, Any]:
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": platform.machine(),
-        "load before": os.getloadavg()[0],
-        "jax": version("jax"),
-        "peers": {label: peer.about for label, peer in peers.items()},
-    }
-
-
 def _call(function: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
     # With the transfer to the host, as the peers do.
     return lambda: jax.device_get(function(*inputs))
-
-
-def _print(record: dict[str, Any]) -> None:
-    found = record["flagship"]
-    table = Table("measured", "value", title=f"patching on {record['machine']['device']}")
-    table.add_row("largest difference from edited forwards", f"{found['largest difference']['edited forwards']:.1e}")
-    for name in ("demo", "everywhere"):
-        seconds = np.median(found["seconds for all cells"][name])
-        table.add_row(f"{found['cells']} cells, prompts differ: {name}", f"{seconds:.2f} s")
-        table.add_row("  share of the matmul peak", f"{found['arithmetic'][name]['share of matmul peak']:.0%}")
-        for label, times in found["over ours"][name].items():
-            table.add_row(f"  {label} over ours", describe(times))
-    if not record["machine"]["peers"]:
-        table.add_row("peers", f"none: {VARIABLE} names no interpreter that has one")
-    for length, both in record["maps"].items():
-        for name, one in both.items():
-            seconds = float(np.median(one["seconds per cell"]["ours"]))
-            table.add_row(f"{name}, {length} tokens", f"{1e3 * seconds:.2f} ms per cell")
-            for label, times in one["over ours"].items():
-                table.add_row(f"  {label} over ours", describe(times))
-    for cells, one in record["chunks"].items():
-        memory = f"{one['temporary'] / 2**20:.0f} MiB"
-        table.add_row(f"{cells} cells at once", f"{1e3 * one['seconds per cell']:.2f} ms per cell, {memory}")
-    for depth, seconds in record["compile"].items():
-        table.add_row(f"compile two positions, {depth} layers", f"{seconds:.1f} s")
-    Console().print(table)

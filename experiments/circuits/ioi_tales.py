@@ -178,7 +178,7 @@ def find_circuit(
 
     # ---- what do heads look at --------------------------------------------------------------------------------------
     # Only names and things are ever repeated in lists of this world.
-    pool = np.concatenate([tables.NAMES, tables.THINGS])
+    pool = jnp.concatenate([tables.NAMES, tables.THINGS])
     repeated = head_scores.repeated_tokens(stream(key, "repeated"), 32, 20, pool, start=tokenizer.ids["<bos>"])
     pattern = capture(params, repeated)["attn_pattern"]
     rows = jnp.arange(len(clean))

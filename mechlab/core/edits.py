@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mechlab.core import places
 from mechlab.core.sites import Context, SiteTable, require_edit
 
 T = TypeVar("T")
@@ -275,17 +276,17 @@ def at(
     require_edit(name, edit)
     entries = sites.named(name)
     first = entries[0]
-    limits: dict[str, Any] = _intervals(position, span)
+    limits: dict[str, Any] = places.intervals(position, span)
     if head is not None:
         if "H" not in first.context.axes:
             raise ValueError(f'site "{name}" ({" ".join(first.context.axes)}) has no heads.')
-        limits["head"] = _hot(head, first.value.shape[first.context.axes.index("H")], "head", name)
+        limits["head"] = places.hot(head, first.value.shape[first.context.axes.index("H")], "head", name)
     if unit is not None:
-        limits["unit"] = _hot(unit, first.value.shape[-1], "unit", name)
+        limits["unit"] = places.hot(unit, first.value.shape[-1], "unit", name)
 
     if first.layers is not None:
         if layer is not None:
-            limits["gate"] = _hot(layer, first.layers, "layer", name)
+            limits["gate"] = places.hot(layer, first.layers, "layer", name)
         inner = edit if stacked else _stack(edit, first.layers)
         over_layers = {field: x if field == "gate" else _stack(x, first.layers) for field, x in limits.items()}
         return {name: Placed(inner, **over_layers) if limits else inner}
@@ -298,7 +299,7 @@ def at(
         raise ValueError(f'site "{name}" occurs once in the model; leave layer out.')
     if isinstance(layer, jax.core.Tracer):
         raise ValueError(f'site "{name}" is not stacked over layers, so its layer cannot be traced.')
-    chosen = _indices(layer, len(entries), "layer", name)
+    chosen = places.indices(layer, len(entries), "layer", name)
     return {entries[i].name: Placed(edit, **limits) if limits else edit for i in chosen}
 
 
@@ -370,50 +371,6 @@ def _stack(tree: Any, layers: int) -> Any:
         return jnp.broadcast_to(leaf, (layers, *leaf.shape))
 
     return jax.tree.map(repeat, tree)
-
-
-def _intervals(position: Any, span: tuple[Any, Any] | None) -> dict[str, Any]:
-    if position is None and span is None:
-        return {}
-    if position is not None and span is not None:
-        raise ValueError("give position= or span=, not both.")
-    if span is not None:
-        if not any(isinstance(bound, jax.core.Tracer) for bound in span):
-            first, last = (_whole(bound, "span") for bound in span)
-            if (first < 0).any() or (first >= last).any():
-                raise ValueError(f"span must be (start, stop) with 0 <= start < stop, got {span}.")
-        start, stop = (jnp.asarray(bound)[..., None] for bound in span)
-        return {"start": start, "stop": stop}
-    if not isinstance(position, jax.core.Tracer) and (_whole(position, "position") < 0).any():
-        raise ValueError(f"position counts from the start of the text and cannot be negative, got {position}.")
-    positions = jnp.atleast_1d(jnp.asarray(position))
-    return {"start": positions, "stop": positions + 1}
-
-
-def _whole(index: Any, kind: str) -> np.ndarray:
-    numbers = np.atleast_1d(np.asarray(index))
-    if numbers.size == 0:
-        raise ValueError(f"{kind} must name at least one, got {index}.")
-    if not np.issubdtype(numbers.dtype, np.integer):
-        raise TypeError(f"{kind} must be whole numbers, got {index}.")
-    return numbers
-
-
-def _indices(index: Any, size: int, kind: str, name: str) -> list[int]:
-    numbers = [int(i) for i in _whole(index, kind)]
-    for i in numbers:
-        if not -size <= i < size:
-            raise ValueError(f'{kind} {i} is out of range: site "{name}" has {size} {kind}s (0..{size - 1}).')
-    return [i % size for i in numbers]
-
-
-def _hot(index: Any, size: int, kind: str, name: str) -> jax.Array:
-    if not isinstance(index, jax.core.Tracer):
-        index = np.asarray(_indices(index, size, kind, name))
-    index = jnp.atleast_1d(index)
-    hot = (jnp.arange(size) == jnp.where(index < 0, index + size, index)[:, None]).any(0)
-    # A traced index cannot be refused; out of range it must not look like an edit without effect.
-    return jnp.where(((index >= -size) & (index < size)).all(), hot.astype(jnp.float32), jnp.nan)
 
 
 def _short(x: Any) -> str:

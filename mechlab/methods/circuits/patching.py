@@ -81,7 +81,7 @@ def patch_residual(
     """
     if site not in STREAM_SITES:
         raise unknown("site of the residual stream", site, STREAM_SITES)
-    positions = _checked(model, tokens, {site: source}, positions)
+    positions = resumed.check_sources(model, tokens, {site: source}, positions)
     run = resumed.start_run(model, params, tokens, read, {"resid_pre", "attn_out"})
     config = run.config
 
@@ -255,7 +255,7 @@ def patch_neurons(
       ValueError: as ``patch_residual``; also for units that the model does not have.
       KeyError: for a model without MLPs.
     """
-    positions = _checked(model, tokens, {"mlp_act": source}, positions)
+    positions = resumed.check_sources(model, tokens, {"mlp_act": source}, positions)
     units = np.arange(source.shape[-1]) if neurons is None else np.asarray(neurons)
     if units.ndim != 1 or not units.size or units.min() < 0 or units.max() >= source.shape[-1]:
         raise ValueError(f"neurons must be a list of units in 0..{source.shape[-1] - 1}, got {neurons}.")
@@ -391,27 +391,4 @@ def _checked_heads(
     for site in source:
         if site not in HEAD_SITES:
             raise unknown("site of a head", site, HEAD_SITES)
-    return _checked(model, tokens, source, positions)
-
-
-def _checked(
-    model: Model, tokens: jax.Array, source: Mapping[str, jax.Array], positions: Sequence[int] | None
-) -> list[int]:
-    """The positions to patch, after checking that the sources fit the prompts.
-
-    Raises:
-      KeyError: a site that the model does not have.
-      ValueError: naming the argument, what came and what was wanted.
-    """
-    table = model.sites_for(tokens)
-    for site, x in source.items():
-        wanted = (table[site].layers, *table[site].value.shape)
-        if jnp.shape(x) != wanted:
-            letters = " ".join(("L", *table[site].context.axes))
-            raise ValueError(
-                f"source of {site} is {jnp.shape(x)}, but for these prompts ({letters}) = {wanted} is needed."
-            )
-    chosen = list(range(tokens.shape[1])) if positions is None else [int(position) for position in positions]
-    if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0 or chosen[-1] >= tokens.shape[1]:
-        raise ValueError(f"positions must be increasing and in 0..{tokens.shape[1] - 1}, got {chosen}.")
-    return chosen
+    return resumed.check_sources(model, tokens, source, positions)

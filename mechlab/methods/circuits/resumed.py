@@ -12,7 +12,7 @@ positions, n = stop - start positions carried, G key-value heads with R query he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -59,6 +59,29 @@ class Run:
         rows = slice(start, self.stop)
         turns = view.cos_sin and (view.cos_sin[0][:, rows], view.cos_sin[1][:, rows])
         return View(view.allowed[:, :, rows], turns)
+
+
+def check_sources(
+    model: Model, tokens: jax.Array, source: Mapping[str, jax.Array], positions: Sequence[int] | None
+) -> list[int]:
+    """The positions to patch, after checking that the sources fit the prompts.
+
+    Raises:
+      KeyError: a site that the model does not have.
+      ValueError: naming the argument, what came and what was wanted.
+    """
+    table = model.sites_for(tokens)
+    for site, x in source.items():
+        wanted = (table[site].layers, *table[site].value.shape)
+        if jnp.shape(x) != wanted:
+            letters = " ".join(("L", *table[site].context.axes))
+            raise ValueError(
+                f"source of {site} is {jnp.shape(x)}, but for these prompts ({letters}) = {wanted} is needed."
+            )
+    chosen = list(range(tokens.shape[1])) if positions is None else [int(position) for position in positions]
+    if not chosen or sorted(set(chosen)) != chosen or chosen[0] < 0 or chosen[-1] >= tokens.shape[1]:
+        raise ValueError(f"positions must be increasing and in 0..{tokens.shape[1] - 1}, got {chosen}.")
+    return chosen
 
 
 def start_run(model: Model, params: Any, tokens: Int[Array, "B T"], read: int, sites: set[str]) -> Run:

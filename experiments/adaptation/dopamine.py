@@ -35,7 +35,7 @@ from experiments.adaptation._dopamine_lab import (
     prepare,
     train_arm,
 )
-from mechlab.analysis.intervals import bootstrap_mean, paired_bootstrap
+from experiments.measures import per_seed, percent, points
 from mechlab.analysis.metrics import accuracy
 from mechlab.core import select
 from mechlab.core.edits import Mask, at, chain
@@ -177,27 +177,21 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
 
 def accuracies(key: jax.Array, right: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Metric]:
     """Accuracies in percent, and paired differences in points: of every arm to its frozen base, of LoRA to TauGate."""
-
-    def percent(name: str, hits: np.ndarray) -> Metric:
-        mean, low, high = (100 * float(x) for x in bootstrap_mean(stream(key, name), hits.mean(0)))
-        return Metric(value=mean, ci95=(low, high), n=hits.shape[1], unit="%", per_seed=tuple(100 * hits.mean(1)))
-
-    def points(name: str, a: np.ndarray, b: np.ndarray) -> Metric:
-        mean, low, high = (100 * float(x) for x in paired_bootstrap(stream(key, name), a, b))
-        per_seed = tuple(100 * (a.mean(1) - b.mean(1)))
-        return Metric(value=mean, ci95=(low, high), n=a.shape[1], unit="points", per_seed=per_seed)
-
-    metrics = {f"{mode}/{label}": percent(label, x) for label, by in right.items() for mode, x in by.items()}
+    metrics = {}
+    for label, by in right.items():
+        metrics |= {f"{mode}/{label}": percent(stream(key, label), hits) for mode, hits in by.items()}
     for label, by in right.items():
         base, name = label.split("/")
         frozen = right[f"{base}/frozen"]
         if name != "frozen":
-            metrics[f"gain/{label}"] = points(label, by["rotated"], frozen["rotated"])
-            metrics[f"forgetting/{label}"] = points(label, frozen["upright"], by["upright"])
+            metrics[f"gain/{label}"] = points(stream(key, label), by["rotated"], frozen["rotated"])
+            metrics[f"forgetting/{label}"] = points(stream(key, label), frozen["upright"], by["upright"])
         if "hard" in by:
-            metrics[f"hardening/{label}"] = points(label, by["rotated"], by["hard"])
+            metrics[f"hardening/{label}"] = points(stream(key, label), by["rotated"], by["hard"])
         if name.startswith("lora"):
-            metrics[f"over_taugate/{label}"] = points(label, by["rotated"], right[f"{base}/taugate"]["rotated"])
+            metrics[f"over_taugate/{label}"] = points(
+                stream(key, label), by["rotated"], right[f"{base}/taugate"]["rotated"]
+            )
     return metrics
 
 
@@ -315,9 +309,3 @@ def sweeps(lab: Lab, arm: Arm, base: Any, metrics: dict[str, Metric]) -> dict[st
             for x, column in zip(curve["x"], values_of.T, strict=True):
                 metrics[f"{name}/{kind}/{x:g}"] = per_seed(column, "%")
     return curves
-
-
-def per_seed(values: Any, unit: str) -> Metric:
-    """A metric with every seed's value."""
-    values = np.asarray(values, float)
-    return Metric(value=float(values.mean()), n=len(values), unit=unit, per_seed=tuple(values))

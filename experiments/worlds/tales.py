@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.measures import rate
 from experiments.worlds import _tales_figures as draw
 from experiments.worlds._tales_claims import CLAIMS
-from mechlab.analysis.intervals import wilson
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
 from mechlab.data.worlds import tales
@@ -246,12 +246,6 @@ def copied(key: jax.Array, model: Model, params: Any) -> np.ndarray:
     # The last four tokens of a list are "and so on."
     counted = (at >= begin + 2 * (end - begin)) & (at < np.asarray(lists.lengths)[:, None] - 4)
     return hit[counted]
-
-
-def rate(hits: np.ndarray) -> Metric:
-    """Percent of hits with Wilson's interval."""
-    value, low, high = (100 * float(x) for x in wilson(hits.sum(), hits.size))
-    return Metric(value=value, ci95=(low, high), n=hits.size, unit="%")
 
 
 def write_weights(

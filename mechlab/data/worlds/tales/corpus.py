@@ -164,13 +164,16 @@ def _row(key: jax.Array, wheel: np.ndarray, length: int) -> tuple[Written, jax.A
     keys = jax.random.split(stream(key, "documents"), -(-length // _TOKENS_PER_DOCUMENT))
     _, casts, scripts = jax.vmap(lambda k: _draw(k, wheel))(keys)
     written = write(stream(key, "words"), scripts, casts, length)
-    is_slot = written.kind >= 0
+    is_slot, stages = written.kind >= 0, scripts.stages.reshape(-1)[written.step]
     document = jnp.cumsum(written.tokens == tables.BOS_ID)
     same = (written.tokens[:, None] == written.tokens) & (document[:, None] == document) & is_slot
-    told = is_slot & jnp.tril(same, -1).any(-1)
+    # The first slot of a sentence says whom or what it is about, which follows from the text in lists only.
+    latest = jax.lax.cummax(jnp.where(is_slot, written.step, -1))
+    opens = (jnp.roll(latest, 1).at[0].set(-1) < written.step) & ~is_stage(stages, *_LISTS)
+    told = is_slot & jnp.tril(same, -1).any(-1) & ~opens & (written.kind != tables.KINDS.index("asked"))
     worked_out = jnp.isin(written.kind, jnp.asarray([tables.KINDS.index(kind) for kind in ("sum", "mood", "yes")]))
-    done_in_mood = is_stage(scripts.stages.reshape(-1)[written.step], "behaviour", "react")
-    return written, (told | worked_out | done_in_mood) & written.inside
+    done_in_mood = is_stage(stages, "behaviour", "react")
+    return written, (told | worked_out | (done_in_mood & ~opens)) & written.inside
 
 
 @functools.partial(jax.jit, static_argnames=("genres", "length"))

@@ -10,9 +10,10 @@ How to read it:
 - ``[colour]`` and all other square brackets are drawn anew wherever they stand and mean nothing.
 - "a" becomes "an" by itself.
 - A plot is a list of steps. ``fact@B`` tells of the second person, so that its ``{A}`` is the second person; ``@R`` is
-  one of the first two at random and ``@S`` then the other; ``@%`` goes round the first ``period`` persons. ``?`` means
-  half of the time, ``*0-4`` none to four times, ``&`` if and only if the step before stands. The number in front is
-  the plot's share of its genre.
+  one of the first two at random and ``@S`` then the other; ``@%`` goes round the first ``period`` persons; ``@5`` is
+  one of the first five, drawn anew at every step, so that nothing can be had by elimination. ``?`` means half of the
+  time, ``*0-4`` none to four times, ``&`` if and only if the step before stands. The number in front is the plot's
+  share of its genre.
 """
 
 from __future__ import annotations
@@ -310,6 +311,7 @@ SENTENCES = {
     "list_place": "{place}",
     "list_colour": "{colour}",
     "list_both": "{A} {thing}",
+    "match": "{A} {thing}",
     "list_comma": "{thing} ,",
     "list_end": "and so on .",
     "instruction": """
@@ -328,41 +330,46 @@ GENRE_SHARES = {"story": 38, "dialogue": 14, "question": 22, "list": 12, "instru
 
 PLOTS = {
     "story": """
-        5 opening event@A filler*0-4 behaviour@A filler? behaviour@A?
-        3 opening event@A filler*2-12 behaviour@A react@A?
+        4 opening event@A filler*0-4 behaviour@A filler? behaviour@A?
+        2 opening event@A filler*2-12 behaviour@A react@A?
         2 opening event@A filler*8-16 behaviour@A react@A?
         2 opening behaviour@A filler*0-3 behaviour@A
-        5 pair? lead@A event@A lead@B event@B filler*0-2 behaviour@R behaviour@S
-        5 lead@A event@A lead@B event@B lead@C? &event@C lead@D? &event@D lead@E? &event@E filler? react@R react@S
+        3 lead@A event@A lead@B event@B filler*0-2 behaviour@R behaviour@S
+        6 lead@A event@A lead@B event@B react@2*2-4
+        6 lead@A event@A lead@B event@B lead@C event@C filler? react@3*3-5
+        4 lead@A event@A lead@B event@B lead@C event@C lead@D event@D lead@E event@E react@5*3-6
         2 opening event@A filler*0-2 react@A
         4 pair bystander@C? bystander@D? bystander@E? filler*0-2 give@R filler? give@S?
         3 pair give@R give@S give@R give@S give@S?
-        3 fact@A fact@B filler*0-2 use@R use@S
-        4 fact@A fact@B use@R use@S use@S use@R use@R?
-        5 fact@A fact@B fact@C fact@D? fact@E? filler*0-1 use@R use@C use@S use@R
-        3 fact@A fact@B fact@C fact@D fact@E fact@F? fact@G? fact@H? use@E use@R use@D use@S use@C
-        3 goto@A goto@B goto@C? filler*0-2 meet@R meet@S
+        5 fact@A fact@B filler? use@2*2-4
+        6 fact@A fact@B fact@C filler*0-1 use@3*3-6
+        5 fact@A fact@B fact@C fact@D fact@E use@5*4-8
+        4 fact@A fact@B fact@C fact@D fact@E fact@F fact@G fact@H use@8*5-10
+        3 goto@A goto@B goto@C filler*0-2 meet@3*2-3
         3 opening count@A filler? more@A sum@A
-        4 like@A like@B filler*0-2 choose@R choose@S
+        4 like@A like@B filler*0-2 choose@2 choose@2
         """,
     "dialogue": """
         4 pair hello@R? lost_ask@A lost_tell@A filler*0-1 lost_found@A thanks@A?
-        3 pair hello@R? have_ask@A have_tell@A have_see@A have_ask@B have_tell@B filler*0-2 use@R use@S
-        2 hello@A hello@B colour_ask@A colour_tell@A colour_tell@B filler*0-2 choose@R choose@S
+        3 pair hello@R? have_ask@A have_tell@A have_see@A have_ask@B have_tell@B filler*0-2 use@2 use@2 use@2?
+        2 hello@A hello@B colour_ask@A colour_tell@A colour_tell@B filler*0-2 choose@2 choose@2
         2 pair hello@R? count_ask@A count_tell@A count_more@A count_sum@A thanks@A
         4 pair hello@R? lead@A event@A day_ask@A behaviour@A thanks@A?
         """,
     "question": """
-        6 fact@A fact@B ask_have@R ask_have@S ask_who@R? ask_have@A?
-        6 fact@A fact@B fact@C fact@D? fact@E? ask_have@R ask_who@S ask_have@C ask_what@R
-        4 fact@A fact@B fact@C? fact@D? filler? ask_what@R ask_have@S ask_who@R
-        4 fact@A fact@B ask_what@R ask_what@S ask_who@R ask_who@S ask_what@R ask_who@S
-        4 goto@A goto@B goto@C goto@D? ask_where@R ask_where@C ask_where@S
-        8 lead@A event@A lead@B event@B lead@C? &event@C filler? ask_mood@R ask_mood@S
+        6 fact@A fact@B ask_have@R ask_have@S
+        6 fact@A fact@B fact@C fact@D ask_have@B ask_have@D ask_have@A ask_have@C
+        6 fact@A fact@B fact@C fact@D filler? ask_what@4 ask_have@R ask_who@4 ask_have@C ask_what@4
+        4 fact@A fact@B ask_what@2*1-3 ask_have@R ask_have@S
+        4 fact@A fact@B fact@C ask_what@3*3-5
+        4 fact@A fact@B fact@C fact@D fact@E ask_who@5*2-3 ask_what@5*2-3
+        4 goto@A goto@B goto@C goto@D ask_where@4*3-4
+        4 lead@A event@A lead@B event@B filler? ask_mood@2*2-3
+        4 lead@A event@A lead@B event@B lead@C event@C ask_mood@3*3-4
         2 opening event@A filler*0-3 behaviour@A ask_mood@A
-        3 count@A count@B count@C? ask_many@R ask_many@S
+        3 count@A count@B count@C ask_many@3*2-3
         2 count@A more@A ask_count@A
-        3 like@A like@B like@C? ask_colour@R ask_colour@S
+        3 like@A like@B like@C ask_colour@3*2-3
         """,
     "list": """
         2 list_open list_thing@%*12-23 list_end
@@ -371,6 +378,9 @@ PLOTS = {
         1 list_open list_colour@%*12-23 list_end
         3 list_open list_both@%*12-23 list_end
         1 list_open list_comma@%*12-23 list_end
+        2 list_open match@A match@B match@C match@3*6-12 list_end
+        2 list_open match@A match@B match@C match@D match@E match@5*8-16 list_end
+        2 list_open match@A match@B match@C match@D match@E match@F match@G match@H match@8*8-14 list_end
         """,
     "instruction": """
         5 instruction opening event@A filler*0-3 behaviour@A react@A?

@@ -105,7 +105,8 @@ def draw_cast(
         "many": jnp.asarray(tables.NUMBERS)[many - 1],
         "more": jnp.asarray(tables.NUMBERS)[more - 1],
         "sum": jnp.asarray(tables.NUMBERS)[many + more - 1],
-        "asked": jnp.where(truths == 1, things, things[_other(jnp.arange(ENTITIES))]),
+        # A false question is about the thing of the neighbour: first and second person, third and fourth, ...
+        "asked": jnp.where(truths == 1, things, things[jnp.arange(ENTITIES) ^ 1]),
         "yes": jnp.asarray(tables.NO_YES)[truths],
     }
     stacked = jnp.stack([values[kind] for kind in KINDS]).astype(jnp.int32)
@@ -126,7 +127,8 @@ def draw_script(
     """
     stage, subject, first, place, low, high = (jnp.asarray(column) for column in plot)
     steps = stage.shape[0]
-    sentence, cue, react, repeats, shuffle, either = _draws(key, *(steps,) * 4, tables.POOLS["filler"].size, 1)
+    *of_step, shuffle, either = _draws(key, *(steps,) * 5, tables.POOLS["filler"].size, 1)
+    sentence, cue, react, repeats, among = of_step
     counts = low + _below(repeats, high - low + 1)
     present = place < counts[first]
 
@@ -134,6 +136,8 @@ def draw_script(
     subjects = jnp.where(subject == tables.EITHER, order, subject)
     subjects = jnp.where(subjects == tables.OTHER, 1 - order, subjects)
     subjects = jnp.where(subjects == tables.AROUND, place % cast.period, subjects)
+    among_first = jnp.maximum(subject - tables.AROUND, 1)
+    subjects = jnp.where(subject > tables.AROUND, _below(among, among_first), subjects)
 
     pools = [tables.POOLS[stage] for stage in tables.STAGES]
     start = jnp.asarray([pool.start for pool in pools])[stage]

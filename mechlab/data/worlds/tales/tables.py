@@ -159,7 +159,7 @@ def _reactions() -> np.ndarray:
 REACTIONS = _reactions()
 
 EITHER, OTHER, AROUND = ENTITIES, ENTITIES + 1, ENTITIES + 2
-"""Subjects that are no fixed person: ``@R``, ``@S``, ``@%``."""
+"""Subjects that are no fixed person: ``@R``, ``@S``, ``@%``. AROUND + n is ``@n``, one of the first n."""
 
 
 class Plots(NamedTuple):
@@ -169,7 +169,7 @@ class Plots(NamedTuple):
 
     Attributes:
       stage: which pool of sentences; the empty steps at the end have ``low = high = 0``.
-      subject: 0..7, or EITHER, OTHER, AROUND.
+      subject: 0..7, or EITHER, OTHER, AROUND, or AROUND + n.
       first, place: first step of a repeated group, and the place in it.
       low, high: how often the group is repeated.
     """
@@ -182,8 +182,9 @@ class Plots(NamedTuple):
     high: np.ndarray | jax.Array
 
 
-_STEP = re.compile(r"(?P<bound>&)?(?P<pool>\w+)(@(?P<subject>[A-HRS%]))?((?P<maybe>\?)|\*(?P<low>\d+)-(?P<high>\d+))?")
-_SUBJECTS = {letter: index for index, letter in enumerate("ABCDEFGHRS%")}
+_TIMES = r"(?P<maybe>\?)|\*(?P<low>\d+)-(?P<high>\d+)"
+_STEP = re.compile(rf"(?P<bound>&)?(?P<pool>\w+)(@(?P<subject>[A-HRS%2-8]))?({_TIMES})?")
+_SUBJECTS = {letter: index for index, letter in enumerate("ABCDEFGHRS%12345678")}
 
 
 def parse_plots(texts: list[str]) -> Plots:

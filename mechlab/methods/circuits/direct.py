@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mechlab.core.model import Model
+from mechlab.core.quantised import as_array
 from mechlab.methods.circuits.reading import Read, at_read
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _frozen_norm(config: Any, params: Any, at: jax.Array) -> tuple[Callable[[jax
 
 def _written(config: Any, layer: Any, z: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the heads of one layer add to the stream, (B, H, D), and what its biases add, (B, D); z is (B, H, K)."""
-    kernel = layer["o"]["kernel"].astype(jnp.float32)
+    kernel = as_array(layer["o"]["kernel"], jnp.float32)
     heads = jnp.einsum("bhk,hkd->bhd", z, kernel)
     bias = jnp.broadcast_to(layer["o"].get("bias", jnp.zeros(kernel.shape[-1])), heads[:, 0].shape)
     if config.norm_order != "sandwich":

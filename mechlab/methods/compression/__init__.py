@@ -1,0 +1,1 @@
+"""Compression: fewer bits per weight."""

@@ -11,13 +11,18 @@ Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 
 WINDOW = (55.0, 92.0)
-USUAL = 1
+
+
+def _usual(metrics: Metrics, size: str) -> dict[str, tuple[float, int]]:
+    """Accuracy of a size on each kind of item with the number of distractors that is usual for L, and that number."""
+    counts = {kind: int(metrics[f"L/usual/{kind}"].value) for kind in tales.ITEM_KINDS}
+    return {kind: (metrics[f"{size}/{kind}/{count}"].value, count) for kind, count in counts.items()}
 
 
 def _competent(metrics: Metrics) -> Verdict:
-    found = {kind: metrics[f"L/{kind}/{USUAL}"].value for kind in tales.ITEM_KINDS}
-    inside = [kind for kind, value in found.items() if WINDOW[0] <= value <= WINDOW[1]]
-    return len(inside) >= 3, ", ".join(f"{kind} {value:.1f} %" for kind, value in found.items())
+    found = _usual(metrics, "L")
+    inside = [kind for kind, (value, _) in found.items() if WINDOW[0] <= value <= WINDOW[1]]
+    return len(inside) >= 3, ", ".join(f"{kind} {value:.1f} % ({count})" for kind, (value, count) in found.items())
 
 
 def _above_chance(metrics: Metrics) -> Verdict:
@@ -33,10 +38,8 @@ def _copies(metrics: Metrics) -> Verdict:
 
 
 def _scale(metrics: Metrics) -> Verdict:
-    means = {
-        size: sum(metrics[f"{size}/{kind}/{USUAL}"].value for kind in tales.ITEM_KINDS) / len(tales.ITEM_KINDS)
-        for size in ("S", "M", "L")
-    }
+    found = {size: _usual(metrics, size) for size in ("S", "M", "L")}
+    means = {size: sum(value for value, _ in of.values()) / len(of) for size, of in found.items()}
     return means["S"] < means["M"] < means["L"], ", ".join(f"{size} {value:.1f} %" for size, value in means.items())
 
 
@@ -45,7 +48,10 @@ CLAIMS: tuple[Claim, ...] = (
         id="competent",
         statement="L can do the items, and not perfectly.",
         source="data/worlds/tales",
-        criterion=f"accuracy of L in {WINDOW[0]:.0f}-{WINDOW[1]:.0f} % on three of four kinds, {USUAL} distractor",
+        criterion=(
+            f"accuracy of L in {WINDOW[0]:.0f}-{WINDOW[1]:.0f} % on three of four kinds, "
+            "with the number of distractors chosen on the dev pool (in brackets)"
+        ),
         judge=_competent,
     ),
     Claim(
@@ -66,7 +72,7 @@ CLAIMS: tuple[Claim, ...] = (
         id="scale",
         statement="Larger models do better.",
         source="data/worlds/tales",
-        criterion=f"mean accuracy over kinds, {USUAL} distractor: S < M < L",
+        criterion="mean accuracy over kinds, with L's usual numbers of distractors: S < M < L",
         judge=_scale,
     ),
 )

@@ -98,8 +98,8 @@ def test_unknown_sizes_are_refused_by_name() -> None:
         tales_card("XL")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown sizes"):
         Config(sizes=("XS",))
-    with pytest.raises(ValueError, match="usual=3"):
-        Config(usual=3)
+    with pytest.raises(ValueError, match="distractors"):
+        Config(distractors)
 
 
 def test_stories260k_tells_a_story(data_dir: Path) -> None:

@@ -370,6 +370,9 @@ PLOTS = {
         3 count@A count@B count@C ask_many@3*2-3
         2 count@A more@A ask_count@A
         3 like@A like@B like@C ask_colour@3*2-3
+        4 list_open match@A match@B match@C match@D match@4*4-8 ask_what@4
+        4 list_open match@A match@B match@C match@D list_end ask_what@4*2-4
+        4 fact@A fact@B fact@C fact@D list_open match@4*4-8 ask_what@4
         """,
     "list": """
         2 list_open list_thing@%*12-23 list_end
@@ -378,9 +381,6 @@ PLOTS = {
         1 list_open list_colour@%*12-23 list_end
         3 list_open list_both@%*12-23 list_end
         1 list_open list_comma@%*12-23 list_end
-        2 list_open match@A match@B match@C match@3*6-12 list_end
-        2 list_open match@A match@B match@C match@D match@E match@5*8-16 list_end
-        2 list_open match@A match@B match@C match@D match@E match@F match@G match@H match@8*8-14 list_end
         """,
     "instruction": """
         5 instruction opening event@A filler*0-3 behaviour@A react@A?

@@ -63,7 +63,7 @@ class Config:
     sizes: tuple[str, ...] = ("L", "M", "S")
     list_steps: int = 1200
     question_steps: int = 4500
-    focus_steps: int = 3000
+    focus_steps: int = 1600
     plain_steps: int = 800
     rows: int = 16
     focus: float = 0.02

@@ -41,12 +41,12 @@ PLACES = ("park", "room", "garden", "house", "store")
 
 
 def make_pairs(vocabulary: Any) -> tour.Pairs:
-    """All sentences of the form that have its most frequent number of tokens; girls and boys in turn."""
+    """All sentences of the most frequent form, same length and child at the same place; girls and boys in turn."""
     fillings = [{"size": s, "thing": t, "place": p} for s in SIZES for t in THINGS for p in PLACES]
     texts = [[vocabulary.encode(FORM.format(child=child, **f)) for child in ("girl", "boy")] for f in fillings]
-    lengths = [len(girl) for girl, _ in texts]
-    length = max(set(lengths), key=lengths.count)
-    both = np.asarray([pair for pair in texts if len(pair[0]) == len(pair[1]) == length])
+    forms = [(len(girl), len(boy), *_places_that_differ(girl, boy)) for girl, boy in texts]
+    usual = max(set(forms), key=forms.count)
+    both = np.asarray([pair for pair, form in zip(texts, forms, strict=True) if form == usual])
     turn = np.arange(len(both)) % 2
     rows = np.arange(len(both))
     she, he = (vocabulary.encode(f"x {word}")[-1] for word in ("She", "He"))
@@ -54,6 +54,10 @@ def make_pairs(vocabulary: Any) -> tour.Pairs:
     words = [vocabulary.decode([int(token)]).strip() or "_" for token in both[0, 0]]
     words[0] = "BOS"
     return tour.Pairs(jnp.asarray(both[rows, turn]), jnp.asarray(both[rows, 1 - turn]), jnp.asarray(answers), words)
+
+
+def _places_that_differ(first: list[int], second: list[int]) -> list[int]:
+    return [i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b]
 
 
 def find_circuit(

@@ -99,7 +99,7 @@ def test_unknown_sizes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="unknown sizes"):
         Config(sizes=("XS",))
     with pytest.raises(ValueError, match="distractors"):
-        Config(distractors)
+        Config(distractors=())
 
 
 def test_stories260k_tells_a_story(data_dir: Path) -> None:

@@ -36,8 +36,14 @@ def test_patching_gives_what_edited_forwards_give(tmp_path, monkeypatch):
     found = record["flagship"]
     assert found["largest difference"]["edited forwards"] < 1e-5 < found["largest effect"]["everywhere"]
     assert record["machine"]["peers"] == {}
-    assert set(record["maps"]["4"]) == {"layer x position", "layer x head"}
     assert set(record["compile"]) == {"2"}
+
+
+def test_layer_maps_run_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("MECHLAB_PEERS", raising=False)
+    record = run("patching_maps", tmp_path)
+    assert record["machine"]["peers"] == {}
+    assert set(record["maps"]["4"]) == {"layer x position", "layer x head"}
 
 
 def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):

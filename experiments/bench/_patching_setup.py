@@ -90,8 +90,8 @@ class Bench(NamedTuple):
 
 
 @contextlib.contextmanager
-def ready(preset: str) -> Iterator[Bench]:
-    """Everything made, written to a folder for the peers, and the peers running."""
+def ready(preset: str, wanted: tuple[str, ...] = PEERS) -> Iterator[Bench]:
+    """Everything made, written to a folder for the peers, and the peers running, of those that are wanted."""
     size = SIZES[preset]
     model = decoder(size, size.layers)
     params, prompts = weights(model), make_prompts(size)
@@ -101,7 +101,7 @@ def ready(preset: str) -> Iterator[Bench]:
         for name, arrays in prompts.items():
             whole: dict[str, Any] = {key: np.asarray(x) for key, x in arrays.items()}
             np.savez(Path(folder) / f"prompts-{name}.npz", **whole)
-        with running(Path(__file__).with_name("_patching_peers.py"), PEERS, Path(folder)) as peers:
+        with running(Path(__file__).with_name("_patching_peers.py"), wanted, Path(folder)) as peers:
             yield Bench(size, model, params, prompts, peers)
 
 

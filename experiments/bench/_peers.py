@@ -28,16 +28,18 @@ class Peer:
 
     def __init__(self, script: Path, name: str, python: str, folder: Path) -> None:
         self.name = name
+        self._said = folder / f"{name}-{abs(hash(python))}.txt"
         # What this process imports from must not leak into the peer, whose versions may differ.
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [python, str(script), name, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=clean,
-        )
+        with self._said.open("w") as errors:
+            self._process = subprocess.Popen(
+                [python, str(script), name, str(folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=clean,
+            )
         self.about = self._read()
 
     def ask(self, prompts: str, cells: list[Any]) -> dict[str, Any]:
@@ -56,7 +58,9 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer {self.name} ended with exit code {self._process.wait()}.")
+            self._process.communicate()  # waits, and closes the pipes
+            code, said = self._process.returncode, self._said.read_text().strip().splitlines()
+            raise RuntimeError(f"the peer {self.name} ended with exit code {code}: {said[-1] if said else 'no word'}")
         found: dict[str, Any] = json.loads(line)
         return found
 

@@ -29,7 +29,7 @@ IN_MAPS = ("transformer_lens", "torch")
 
 def bench(preset: str, out: Path) -> dict[str, Any]:
     """Measure, print a table, write ``patching_maps.json``; see the module's docstring."""
-    with ready(preset) as made:
+    with ready(preset, IN_MAPS) as made:
         record: dict[str, Any] = {"size": dataclasses.asdict(made.size), "machine": machine(made.peers), "maps": {}}
         for length in made.size.lengths:
             record["maps"][str(length)] = maps(made, length)
@@ -72,14 +72,13 @@ def maps(made: Bench, length: int) -> dict[str, Any]:
             (site, layer, -1, places[column]) if name == "layer x position" else (site, layer, column, -1)
             for layer, column in at_cell
         ]
-        asked = {label: peer for label, peer in peers.items() if peer.name in IN_MAPS}
-        replies = {label: peer.ask(str(length), cells) for label, peer in asked.items()}
-        seconds: dict[str, list[float]] = {"ours": [], **{label: [] for label in asked}}
+        replies = {label: peer.ask(str(length), cells) for label, peer in peers.items()}
+        seconds: dict[str, list[float]] = {"ours": [], **{label: [] for label in peers}}
         for _ in range(2):
             start = time.perf_counter()
             jax.device_get(program(params, source))
             seconds["ours"].append((time.perf_counter() - start) / values.size)
-            for label, peer in asked.items():
+            for label, peer in peers.items():
                 seconds[label].append(peer.ask(str(length), cells)["seconds"] / len(cells))
         wanted = np.asarray([values[cell] for cell in at_cell])
         found[name] = {
@@ -90,6 +89,6 @@ def maps(made: Bench, length: int) -> dict[str, Any]:
             "largest difference": {
                 label: float(np.abs(np.asarray(reply["values"]) - wanted).max()) for label, reply in replies.items()
             },
-            "over ours": {label: ratio(seconds[label], seconds["ours"]) for label in asked},
+            "over ours": {label: ratio(seconds[label], seconds["ours"]) for label in peers},
         }
     return found

@@ -62,6 +62,14 @@ def test_a_peer_that_ends_is_named(tmp_path, monkeypatch):
             peers[label].ask("demo", [])
 
 
+def test_a_peer_that_cannot_start_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    script = tmp_path / "peer.py"
+    script.write_text("raise ImportError('no such engine')")
+    with pytest.raises(RuntimeError, match="numpy ended with exit code 1: ImportError: no such engine"):
+        running(script, ("numpy",), tmp_path).__enter__()
+
+
 @pytest.mark.slow
 def test_device_checks_pass_on_the_cpu(tmp_path):
     record = run("device", tmp_path)

@@ -52,12 +52,13 @@ def against_distractors(metrics: Mapping[str, Metric], config: Any) -> Figure:
     label_axes(axes, xlabel="distractor sentences", ylabel="items answered (%)")
     for i, kind in enumerate(tales.ITEM_KINDS):
         for j, size in enumerate(config.sizes):
-            found = [metrics[f"{size}/{kind}/{count}"] for count in config.distractors]
+            counts = [count for count in config.distractors if f"{size}/{kind}/{count}" in metrics]
+            found = [metrics[f"{size}/{kind}/{count}"] for count in counts]
             low, high = np.asarray([metric.ci95 for metric in found]).T
             value = np.asarray([metric.value for metric in found])
             dash = DASHES[(len(config.sizes) - 1 - j) % len(DASHES)]
-            axes.plot(config.distractors, value, dash, color=PALETTE[i], label=f"{kind}, {size}")
-            axes.fill_between(config.distractors, low, high, color=PALETTE[i], alpha=0.12, linewidth=0)
+            axes.plot(counts, value, dash, color=PALETTE[i], label=f"{kind}, {size}")
+            axes.fill_between(counts, low, high, color=PALETTE[i], alpha=0.12, linewidth=0)
     axes.axhline(50, color="0.5", linewidth=0.8, linestyle=":")
     axes.set_xticks(config.distractors)
     legend(axes)

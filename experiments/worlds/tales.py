@@ -56,7 +56,8 @@ class Config:
         the last.
       focus: weight of the tokens that do not follow from the text, in the first three parts.
       rate: Muon's learning rate, for the matrices; ``embed_rate`` is Adam's, for embeddings and norms.
-      distractors: how many further sentences stand between what an item tells and what it asks.
+      distractors: how many further sentences stand between what an item tells and what it asks; a kind of item that
+        has no room for so many is left out.
       items: of every kind and number of distractors.
     """
 
@@ -69,7 +70,7 @@ class Config:
     focus: float = 0.02
     rate: float = 0.006
     embed_rate: float = 3e-3
-    distractors: tuple[int, ...] = (0, 1, 2, 4, 6)
+    distractors: tuple[int, ...] = (0, 1, 2, 4, 6, 10, 16)
     items: int = 1000
 
     def __post_init__(self) -> None:
@@ -236,10 +237,15 @@ def measure(key: jax.Array, model: Model, params: Any, config: Config) -> dict[s
     metrics["copying"] = rate(copied(stream(key, "lists"), model, params))
     answered = jax.jit(functools.partial(right, model))
     for kind in tales.ITEM_KINDS:
-        for count in config.distractors:
+        for count in counts(config, kind):
             items = tales.items(stream(key, kind), kind, config.items, distractors=count, pool="test")
             metrics[f"{kind}/{count}"] = rate(np.asarray(answered(params, items)))
     return metrics
+
+
+def counts(config: Config, kind: str) -> list[int]:
+    """The numbers of distractors that a kind of item has room for, increasing."""
+    return [count for count in sorted(config.distractors) if count <= tales.MAX_DISTRACTORS[kind]]
 
 
 def usual_numbers(key: jax.Array, model: Model, params: Any, config: Config, size: str) -> dict[str, Metric]:
@@ -247,7 +253,7 @@ def usual_numbers(key: jax.Array, model: Model, params: Any, config: Config, siz
     found = {}
     answered = jax.jit(functools.partial(right, model))
     for kind in tales.ITEM_KINDS:
-        for count in sorted(config.distractors):
+        for count in counts(config, kind):
             items = tales.items(stream(key, kind), kind, config.items, distractors=count, pool="dev")
             if 100 * np.asarray(answered(params, items)).mean() <= NOT_TOO_GOOD:
                 break

@@ -59,9 +59,11 @@ def like(cue: str, text: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", tales.ITEM_KINDS)
-@pytest.mark.parametrize(("distractors", "pool"), [(0, "train"), (1, "dev"), (6, "test")])
+@pytest.mark.parametrize(("distractors", "pool"), [(0, "train"), (1, "dev"), (6, "test"), (16, "dev")])
 def test_items(kind: str, distractors: int, pool: str) -> None:
+    distractors = min(distractors, tales.MAX_DISTRACTORS[kind])
     items = jax.tree.map(np.asarray, tales.items(key(distractors), kind, N, distractors=distractors, pool=pool))
+    assert items.lengths.max() <= tales.CONTEXT
     assert items.alternatives.shape[1] >= 4
     reactions = split_cues(moods.BEHAVIOURS, pool)
     for i in range(N):
@@ -215,8 +217,8 @@ def test_refusals() -> None:
         tales.items(key(0), "recal", 2)
     with pytest.raises(UnknownName, match='unknown split "valid"'):
         tales.items(key(0), "recall", 2, pool="valid")
-    with pytest.raises(ValueError, match=r"0\.\.6"):
-        tales.items(key(0), "recall", 2, distractors=7)
+    with pytest.raises(ValueError, match=r"distractors 0\.\.6"):
+        tales.items(key(0), "mood", 2, distractors=7)
     with pytest.raises(ValueError, match="n >= 1"):
         tales.mood_texts(key(0), 0)
     with pytest.raises(UnknownName, match="stage"):

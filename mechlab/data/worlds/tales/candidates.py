@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import TYPE_CHECKING
 
 import jax
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 ITEM_KINDS = tuple(grammar.ITEMS)
 
-MAX_DISTRACTORS = 6
+MAX_DISTRACTORS = {"ioi": 16, "recall": 16, "mood": 6, "agree": 16}
+"""Distractors of each kind at most: the longest items fit a model's context of 256 tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +63,8 @@ def items(key: jax.Array, kind: str, n: int, *, distractors: int = 0, pool: str 
       key: typed key.
       kind: one of ``ITEM_KINDS``.
       n: N, at least 1.
-      distractors: 0..6 sentences of the same sort about further persons, between the facts and the question: the more,
-        the harder.
+      distractors: sentences of the same sort about six further persons in turn, between the facts and the question,
+        from 0 to ``MAX_DISTRACTORS[kind]``: the more, the harder.
       pool: "train", "dev" or "test", for names, things and mood cues.
 
     Returns:
@@ -74,8 +76,9 @@ def items(key: jax.Array, kind: str, n: int, *, distractors: int = 0, pool: str 
     """
     if kind not in ITEM_KINDS:
         raise unknown("kind of item", kind, ITEM_KINDS)
-    if n < 1 or not 0 <= distractors <= MAX_DISTRACTORS:
-        raise ValueError(f"items: wanted n >= 1 and distractors 0..{MAX_DISTRACTORS}, got {n} and {distractors}.")
+    most = MAX_DISTRACTORS[kind]
+    if n < 1 or not 0 <= distractors <= most:
+        raise ValueError(f'items: wanted n >= 1 and for "{kind}" distractors 0..{most}, got {n} and {distractors}.')
     return _items(jax.random.split(key, n), kind=kind, distractors=distractors, split=split_number(pool))
 
 
@@ -86,7 +89,8 @@ def _item_plot(kind: str, distractors: int) -> str:
     told, distractor, asked = grammar.ITEMS[kind]
     # In "mood" only one person is told of at first.
     further = "BCDEFG" if kind == "mood" else "CDEFGH"
-    told_of = [f"{step}@{person}" for person in further[:distractors] for step in distractor.split()]
+    persons = itertools.islice(itertools.cycle(further), distractors)
+    told_of = [f"{step}@{person}" for person in persons for step in distractor.split()]
     return " ".join([told, *told_of, f"{asked}@R"])
 
 

@@ -115,8 +115,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         model = decoder(size)
         params, curves[size] = train(key, model, config, log, size)
         measured = measure(stream(key, "measure"), model, params, config)
+        measured |= usual_numbers(stream(key, "usual"), model, params, config)
         metrics |= {f"{size}/{name}": metric for name, metric in measured.items()}
-        metrics |= usual_numbers(stream(key, "usual"), model, params, config, size)
         if log.directory is not None:
             folder = log.directory / "weights" / f"tales-{size}"
             write_weights(folder, model, params, measured, int(curves[size]["tokens"][-1]), config)
@@ -248,7 +248,7 @@ def counts(config: Config, kind: str) -> list[int]:
     return [count for count in sorted(config.distractors) if count <= tales.MAX_DISTRACTORS[kind]]
 
 
-def usual_numbers(key: jax.Array, model: Model, params: Any, config: Config, size: str) -> dict[str, Metric]:
+def usual_numbers(key: jax.Array, model: Model, params: Any, config: Config) -> dict[str, Metric]:
     """For every kind of item the fewest distractors with which a model is not too good, on items of the dev pool."""
     found = {}
     answered = jax.jit(functools.partial(right, model))
@@ -257,7 +257,7 @@ def usual_numbers(key: jax.Array, model: Model, params: Any, config: Config, siz
             items = tales.items(stream(key, kind), kind, config.items, distractors=count, pool="dev")
             if 100 * np.asarray(answered(params, items)).mean() <= NOT_TOO_GOOD:
                 break
-        found[f"{size}/usual/{kind}"] = Metric(value=count, n=config.items, unit="distractors")
+        found[f"usual/{kind}"] = Metric(value=count, n=config.items, unit="distractors")
     return found
 
 
@@ -282,6 +282,7 @@ def write_weights(
         "digest": tales.DIGEST,
         "tokens": tokens,
         "accuracy": {name: round(metric.value, 1) for name, metric in measured.items() if metric.unit == "%"},
+        "usual": {kind: int(measured[f"usual/{kind}"].value) for kind in tales.ITEM_KINDS},
         "config": dataclasses.asdict(config),
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")

@@ -69,7 +69,10 @@ def load_tales(size: Size = "L", *, dtype: str = "float32") -> tuple[Model, Any,
 
 
 def tales_card(size: Size = "L") -> dict[str, Any]:
-    """What is known of a shipped model: seed, tokens trained on, digest of the world, accuracy of every kind of item.
+    """What is known of a shipped model: tokens trained on, digest of the world, accuracy, usual number of distractors.
+
+    "accuracy" is in percent on the test pool, under "kind/distractors"; "usual" is for every kind of item the fewest
+    distractors with which the model answers at most 90 % on the dev pool.
 
     Raises:
       UnknownName: a KeyError, for a size that does not exist.

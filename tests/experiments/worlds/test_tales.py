@@ -70,6 +70,7 @@ def test_a_run_measures_writes_weights_that_load_and_ships_them(tmp_path: Path) 
     assert {f"S/{kind}/1" for kind in tales.ITEM_KINDS} <= set(result.metrics)
     folder = tmp_path / "checkpoints" / "weights" / "tales-S"
     card = json.loads((folder / "card.json").read_text())
+    assert card["usual"] == dict.fromkeys(tales.ITEM_KINDS, 1)
     assert card["digest"] == tales.DIGEST and card["tokens"] == 2 * 5 * 4 * 64 + 5 * 4 * 96 + 5 * 256
     with pytest.raises(FileNotFoundError, match="tales-M"):
         ship_tales.ship(tmp_path, tmp_path / "package")

@@ -177,7 +177,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
 
 def accuracies(key: jax.Array, right: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Metric]:
     """Accuracies in percent, and paired differences in points: of every arm to its frozen base, of LoRA to TauGate."""
-    metrics = {}
+    metrics: dict[str, Metric] = {}
     for label, by in right.items():
         metrics |= {f"{mode}/{label}": percent(stream(key, label), hits) for mode, hits in by.items()}
     for label, by in right.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class Linear(nn.Module):
         shape = (*x.shape[x.ndim - self.inputs :], *self.out)
         std = math.prod(shape[: self.inputs]) ** -0.5 if self.init_std is None else self.init_std
         # Flax compares the parameter's leaves with those of its initialiser; a quantised kernel has others.
-        given = self.get_variable("params", "kernel")
+        given: Any = self.get_variable("params", "kernel")
         quantised = isinstance(given, QTensor)
         kernel = given if quantised else self.param("kernel", nn.initializers.normal(std), shape)
         bias = self.param("bias", nn.initializers.zeros, self.out) if self.use_bias else None

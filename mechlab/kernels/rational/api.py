@@ -78,7 +78,7 @@ def rational(
         if refused:
             raise NotImplementedError(f'rational: impl "{impl}": {refused}.')
     if form == "B":
-        return reference.plain(x, a, b, "B")
+        return reference.forward(x, a, b, "B")
     if impl == "auto":
         plan = _Plan(choose(x, a, b, groups=groups).impl, fallback=True)
     else:

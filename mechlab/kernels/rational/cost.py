@@ -1,8 +1,8 @@
 """What the rational function must move and compute: the floor that its kernels are measured against.
 
-Forward reads x and writes y; backward reads x and the upstream gradient and writes dx. The coefficients are some hundred
-bytes. At about 5 (forward) and 10 (backward) operations per byte in bfloat16 both are bound by memory on a GPU, and the
-backward pass is near the limit of the vector unit on a TPU.
+Forward reads x and writes y; backward reads x and the upstream gradient and writes dx. The coefficients are some
+hundred bytes. At about 5 (forward) and 10 (backward) operations per byte in bfloat16 both are bound by memory on a GPU;
+on a TPU the backward pass is near the limit of the vector unit.
 """
 
 from __future__ import annotations

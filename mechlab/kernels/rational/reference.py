@@ -12,7 +12,10 @@ otherwise never move. The gradients of form A, with upstream g, r = 1 / Q and y 
     dx   = g r (P'(x) - y Q'(x))
     da_i = sum g r x^i                  db_j = -sgn(b_j) sum g y r |x|^j
 
-Axis letters: N rows (everything but channels), D channels, G groups, 6 and 4 coefficients.
+``forward`` is the definition and ``backward`` its autodiff. ``value`` and ``gradient`` are the same in closed form, for
+the kernels: they work on blocks, as vectors or scalars of any kind.
+
+Axis letters: N rows (everything but channels), D channels, G groups, g = 1 or G.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ NUMERATOR, DENOMINATOR = 6, 4
 """How many coefficients a and b a group has: orders (5, 4)."""
 
 
-def plain(x: Float[Array, "... D"], a: Float[Array, "g 6"], b: Float[Array, "G 4"], form: str = "A") -> Array:
-    """F(x) by its definition, differentiated by autodiff.
+def forward(x: Float[Array, "... D"], a: Float[Array, "g 6"], b: Float[Array, "G 4"], form: str = "A") -> Array:
+    """F(x) by its definition.
 
     Args:
       x: (..., D), floating, D a multiple of G; |x| below 5e7, where x^5 leaves float32.
@@ -42,7 +45,7 @@ def plain(x: Float[Array, "... D"], a: Float[Array, "g 6"], b: Float[Array, "G 4
     Returns:
       Shaped and typed like x, computed in float32 (float64 for float64).
     """
-    v = x.astype(compute_dtype(x))
+    v = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     top, bottom = (list(spread(c, b.shape[0], x.shape[-1]).astype(v.dtype)) for c in (a, b))
     if form == "A":
         size = magnitude(v)
@@ -52,17 +55,10 @@ def plain(x: Float[Array, "... D"], a: Float[Array, "g 6"], b: Float[Array, "G 4
     return (horner(top, v) / q).astype(x.dtype)
 
 
-def forward(x: Float[Array, "N D"], a: Float[Array, "g 6"], b: Float[Array, "G 4"]) -> Float[Array, "N D"]:
-    """F(x) of form A, written as the kernels compute it: see ``value``."""
-    v = x.astype(compute_dtype(x))
-    top, bottom = (list(spread(c, b.shape[0], x.shape[-1]).astype(v.dtype)) for c in (a, jnp.abs(b)))
-    return value(v, top, bottom).astype(x.dtype)
-
-
 def backward(
-    x: Float[Array, "N D"], a: Float[Array, "g 6"], b: Float[Array, "G 4"], upstream: Float[Array, "N D"]
-) -> tuple[Float[Array, "N D"], Float[Array, "g 6"], Float[Array, "G 4"]]:
-    """The gradients of form A from (x, a, b) alone; nothing of the forward pass is kept.
+    x: Float[Array, "... D"], a: Float[Array, "g 6"], b: Float[Array, "G 4"], upstream: Float[Array, "... D"]
+) -> tuple[Float[Array, "... D"], Float[Array, "g 6"], Float[Array, "G 4"]]:
+    """The gradients of form A from (x, a, b) alone: what the forward pass computed is computed again, not kept.
 
     Args:
       x, a, b: as in ``forward``.
@@ -72,11 +68,8 @@ def backward(
       dx, da, db, shaped and typed like x, a and b. Rows are summed per channel first, channels after: one sum over
       1e7 numbers in float32 would be off by 1e-3.
     """
-    v, g = (array.astype(compute_dtype(x)) for array in (x, upstream))
-    top, bottom = (list(spread(c, b.shape[0], x.shape[-1]).astype(v.dtype)) for c in (a, jnp.abs(b)))
-    dx, terms = gradient(v, g, top, bottom)
-    da, db = collect(jnp.stack([term.sum(0) for term in terms]), a, b)
-    return dx.astype(x.dtype), da, db
+    gradients: tuple[jax.Array, jax.Array, jax.Array] = jax.vjp(forward, x, a, b)[1](upstream)
+    return gradients
 
 
 def value(x: Any, top: Sequence[Any], bottom: Sequence[Any]) -> Any:
@@ -153,11 +146,6 @@ def sgn(x: Any) -> Any:
 def magnitude(x: Any) -> Any:
     """|x| with slope +1 at 0."""
     return x * jax.lax.stop_gradient(sgn(x))
-
-
-def compute_dtype(x: Any) -> Any:
-    """float32, or float64 where x is float64: in bfloat16, and in float16 above x = 9, the powers are wrong."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def shape_like(x: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:

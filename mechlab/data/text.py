@@ -204,7 +204,9 @@ def train_bpe(text: str, size: int) -> BPETokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
+    )
     inner.train_from_iterator(text.splitlines(keepends=True), trainer)
     return BPETokenizer(inner)
 

@@ -53,10 +53,8 @@ class Coefficients:
 
     def arrays(self, groups: int, *, share_numerator: bool = True) -> tuple[Array, Array]:
         """The same coefficients for every group: a (1 or G, 6) and b (G, 4), float32."""
-        rows = 1 if share_numerator else groups
-        return jnp.tile(jnp.asarray(self.a, jnp.float32), (rows, 1)), jnp.tile(
-            jnp.asarray(self.b, jnp.float32), (groups, 1)
-        )
+        a, b = jnp.asarray(self.a, jnp.float32), jnp.asarray(self.b, jnp.float32)
+        return jnp.tile(a, (1 if share_numerator else groups, 1)), jnp.tile(b, (groups, 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

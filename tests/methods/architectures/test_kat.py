@@ -17,9 +17,8 @@ from mechlab.methods.architectures import kat
 from mechlab.models.kan import Coefficients, RationalMLP, SplineMLP
 from mechlab.models.vit import ViTConfig, vit
 
-SHAPE: dict[str, Any] = {"image": (8, 8), "patch": 4, "layers": 3, "width": 64, "heads": 4, "hidden": 256} | {
-    "channels": 1
-}
+WIDTHS: dict[str, Any] = {"layers": 3, "width": 64, "heads": 4, "hidden": 256}
+SHAPE: dict[str, Any] = {"image": (8, 8), "patch": 4, "channels": 1} | WIDTHS
 GRID = np.linspace(-3, 3, 2001)
 
 

@@ -50,8 +50,7 @@ def step_time(metrics: Mapping[str, Metric]) -> Figure:
     names = {"vit": "MLP, GELU", "kat": "GR-KAN", "spline": "B-spline KAN"}
     times = {label: metrics[f"step/{name}"].per_seed or () for name, label in names.items()}
     figure = arm_bars(times, ylabel="forward and backward (ms per batch)")
-    for text in figure.texts:
-        text.set_text("bar and number: mean; dot: one timing")
+    note(figure, "bar and number: mean; dot: one timing")
     return figure
 
 

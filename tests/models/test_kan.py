@@ -80,7 +80,7 @@ def by_scipy(x: np.ndarray, grid: int, order: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("grid", "order"), [(5, 3), (1, 2), (4, 0)])
 def test_the_basis_equals_scipys_and_sums_to_one_inside(grid, order):
-    x = np.linspace(-2.05, 2.05, 83)
+    x = np.linspace(-2.05, 2.05, 83) + 0.003  # on no knot, where order 0 jumps
     basis = spline_basis(jnp.asarray(x, jnp.float32), grid, order)
     np.testing.assert_allclose(basis, by_scipy(x, grid, order), atol=1e-5)
     np.testing.assert_allclose(basis.sum(-1)[np.abs(x) < 1], 1, atol=1e-5)

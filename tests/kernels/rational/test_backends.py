@@ -20,11 +20,10 @@ from mechlab.kernels.rational import gpu, rational, reference, tpu
 
 KERNELS = {"tpu": tpu, "gpu": gpu}
 SHAPES = {
-    "one_row": (1, 128, 8),
-    "ragged": (37, 96, 2),
-    "no_power_of_two": (21, 5 * 24, 5),
-    "one_group": (50, 100, 1),
-    "several_blocks": (600, 256, 8),
+    "ragged": (37, 96, 2, True),
+    "no_power_of_two": (21, 5 * 24, 5, False),
+    "one_row_and_group": (1, 100, 1, True),
+    "several_blocks": (600, 256, 8, True),
 }
 
 
@@ -61,12 +60,6 @@ def test_kernels_equal_the_reference(impl, shape):
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_kernels_equal_the_reference_with_numerators_of_their_own(impl):
-    arrays = draw(37, 96, 4, shared=False)
-    assert_close(run(impl, *arrays), run("jnp", *arrays), 1e-6, 1e-5)
-
-
-@pytest.mark.parametrize("impl", KERNELS)
 def test_bfloat16_is_computed_in_float32_and_rounded_once(impl):
     x, a, b, upstream = draw(37, 96, 4, dtype=jnp.bfloat16)
     got = run(impl, x, a, b, upstream)
@@ -79,22 +72,14 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(impl):
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_kernels_may_be_mapped_scanned_and_compiled(impl):
+def test_kernels_may_be_mapped(impl):
     x, a, b, upstream = draw(10, 64, 2)
-    stack = jnp.stack([x, 2 * x, -x])
-    many_b = jnp.stack([b, b + 1, b - 1])
+    stacks = jnp.stack([x, 2 * x, -x]), jnp.stack([b, b + 1, b - 1])
 
-    @jax.jit
-    def mapped(x, b):
-        return jax.vmap(lambda x, b: run(impl, x, a, b, upstream))(x, b)
+    def mapped(impl):
+        return jax.vmap(lambda x, b: run(impl, x, a, b, upstream))(*stacks)
 
-    @jax.jit
-    def scanned(x, b):
-        return jax.lax.scan(lambda carry, pair: (carry, run(impl, pair[0], a, pair[1], upstream)), 0, (x, b))[1]
-
-    wanted = jax.vmap(lambda x, b: run("jnp", x, a, b, upstream))(stack, many_b)
-    for got in (mapped(stack, many_b), scanned(stack, many_b)):
-        assert_close(got, wanted, 1e-6, 1e-5)
+    assert_close(mapped(impl), mapped("jnp"), 1e-6, 1e-5)
 
 
 @pytest.mark.parametrize("impl", ["jnp", *KERNELS])

@@ -24,15 +24,17 @@ NAMES = {
 
 def all_figures(metrics: Mapping[str, Metric], seen: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure by file name; ``seen`` holds the curves."""
-    return {
+    figures = {
         "accuracy_against_parameters": accuracy_against_parameters(metrics),
         "step_time": step_time(metrics),
         "variance_by_depth": variance_by_depth(seen["variance"]),
         "training_loss": training_loss(seen["losses"], seen["steps"]),
-        "groups": groups(metrics),
         "learned_first": learned(seen["x"], seen["first"], np.asarray(seen["x"]), "F_1 (at the start: identity)"),
         "learned_second": learned(seen["x"], seen["second"], _swish(seen["x"]), "F_2 (at the start: Swish)"),
     }
+    if "accuracy/channel" in metrics:
+        figures["groups"] = groups(metrics)
+    return figures
 
 
 def accuracy_against_parameters(metrics: Mapping[str, Metric]) -> Figure:
@@ -48,7 +50,9 @@ def accuracy_against_parameters(metrics: Mapping[str, Metric]) -> Figure:
 def step_time(metrics: Mapping[str, Metric]) -> Figure:
     """Forward and backward pass of one batch, by kind of MLP."""
     names = {"vit": "MLP, GELU", "kat": "GR-KAN", "spline": "B-spline KAN"}
-    times = {label: metrics[f"step/{name}"].per_seed or () for name, label in names.items()}
+    times = {
+        label: metrics[f"step/{name}"].per_seed or () for name, label in names.items() if f"step/{name}" in metrics
+    }
     figure = arm_bars(times, ylabel="forward and backward (ms per batch)")
     note(figure, "bar and number: mean; dot: one timing")
     return figure

@@ -44,6 +44,9 @@ from mechlab.reporting.results import Metric, Result, judge_claims
 __all__ = ["CLAIMS", "PRESETS", "Config", "resolve", "run"]
 
 
+ALL_ARMS = ("vit", "vit_swish", "kat", "no_s3", "channel", "spline")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One run.
@@ -51,6 +54,7 @@ class Config:
     Attributes:
       data: "auto" takes MNIST where it is on this machine, else scikit-learn's digits, and downloads nothing.
       train: training images used, the first ones.
+      arms: what is trained; "vit_swish" is also what a KAT is started from.
       patch, width, layers, heads: of every model; hidden width 4 times the width.
       groups: G of the KAT.
       group_sweep: further numbers of groups.
@@ -63,6 +67,7 @@ class Config:
 
     data: Literal["auto", "mnist", "digits", "imagenet"] = "auto"
     train: int = 4000
+    arms: tuple[str, ...] = ALL_ARMS
     patch: int = 7
     width: int = 64
     layers: int = 3
@@ -83,6 +88,8 @@ class Config:
         numbers = (self.train, self.seeds, self.steps, self.batch, self.more_steps, self.timings)
         if min(numbers) < 1 or not 1 <= self.spline_seeds <= self.seeds:
             problems.append("train, seeds, steps, batch, more_steps, timings must be at least 1, spline_seeds 1..seeds")
+        if not {"vit", "kat"} <= set(self.arms) <= set(ALL_ARMS):
+            problems.append(f"arms must contain vit and kat, and be of {', '.join(ALL_ARMS)}, got {self.arms}")
         bad = [g for g in (self.groups, *self.group_sweep) if g < 1 or self.width % g]
         if bad or self.width % self.heads:
             problems.append(f"groups and heads must divide width={self.width}, got {bad or self.heads}")
@@ -92,7 +99,7 @@ class Config:
 
 PRESETS: dict[str, Config] = {
     "smoke": Config(
-        data="digits", patch=2, width=32, layers=2, seeds=1, steps=54, more_steps=4, timings=2, group_sweep=()
+        data="digits", arms=("vit", "kat"), group_sweep=(), patch=2, width=32, layers=2, seeds=1, steps=54, timings=2
     ),
     "cpu": Config(),
     "accel": Config(
@@ -144,13 +151,15 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         if name != "kat":
             metrics[f"kat_over/{name}"] = points(stream(boot, "over", name), right["kat"][: len(correct)], correct)
     metrics[f"accuracy/g{config.groups}"] = metrics["accuracy/kat"]
-    metrics["loss_over_no_s3/kat"] = per_seed(losses["kat"].mean(1) - losses["no_s3"].mean(1), "nats")
-    variance = {name: branch_variance(lab, lab.models[name]) for name in ("kat", "no_s3")}
+    if "no_s3" in losses:
+        metrics["loss_over_no_s3/kat"] = per_seed(losses["kat"].mean(1) - losses["no_s3"].mean(1), "nats")
+    variance = {name: branch_variance(lab, lab.models[name]) for name in ("kat", "no_s3") if name in lab.models}
     for name, values in variance.items():
         for end, of in (("min", values.min(1)), ("max", values.max(1))):
             metrics[f"variance/{name}/{end}"] = per_seed(of, "")
     metrics |= step_times(lab)
-    metrics |= from_vit(lab, trained["vit_swish"], boot)
+    if "vit_swish" in trained:
+        metrics |= from_vit(lab, trained["vit_swish"], boot)
     # The curves of the losses in stretches: single steps are too rough to read.
     stretch = max(1, config.steps // 25)
     whole = config.steps // stretch * stretch
@@ -206,6 +215,7 @@ def arms(config: Config, split: Split) -> dict[str, Model]:
         "channel": method.kat(plain, groups=None),
         "spline": dataclasses.replace(plain, mlp=SplineMLP(), hidden=spline_width(plain)),
     }
+    configs = {name: configs[name] for name in ALL_ARMS if name in config.arms}
     configs |= {f"g{g}": method.kat(plain, groups=g) for g in config.group_sweep}
     return {name: vit(each) for name, each in configs.items()}
 
@@ -265,10 +275,10 @@ def step_times(lab: Lab) -> dict[str, Metric]:
         gradient = jax.jit(jax.value_and_grad(lambda p: cross_entropy(apply(p, batch["x"]), batch["y"])))
         return lambda: gradient(params)
 
-    calls = {name: timed(name) for name in ("vit", "kat", "spline")}
+    calls = {name: timed(name) for name in ("vit", "kat", "spline") if name in lab.models}
     seconds = {name: np.asarray(times) for name, times in interleave(calls, repeats=lab.config.timings).items()}
     metrics = {f"step/{name}": per_seed(1000 * times, "ms") for name, times in seconds.items()}
-    for name in ("kat", "spline"):
+    for name in [name for name in calls if name != "vit"]:
         ratio = float(np.median(seconds[name] / seconds["vit"]))
         metrics[f"slowdown/{name}"] = Metric(value=ratio, n=lab.config.timings, unit="times the MLP's step")
     return metrics

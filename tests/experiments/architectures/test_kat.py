@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.architectures.kat import CLAIMS, PRESETS, Config, arms, resolve, run
+from experiments.architectures.kat import ALL_ARMS, CLAIMS, PRESETS, Config, arms, resolve, run
 from experiments.classifiers import image_split
 from mechlab.data.sources import MissingData
 from mechlab.reporting.log import Log
@@ -17,7 +17,8 @@ from mechlab.reporting.results import Metric, judge_claims
 
 @pytest.fixture(scope="module")
 def result():
-    tiny = dataclasses.replace(PRESETS["smoke"], train=128, width=16, steps=6, batch=32, more_steps=2, seeds=2)
+    sizes = {"train": 128, "width": 16, "steps": 6, "batch": 32, "more_steps": 2, "seeds": 2}
+    tiny = dataclasses.replace(PRESETS["smoke"], arms=ALL_ARMS, **sizes)
     return run(jax.random.key(0), tiny, Log())
 
 
@@ -43,6 +44,13 @@ def test_what_needs_no_training_holds(result):
     assert metrics["coefficients/kat"].value == 2 * 2 * (6 + 4 * 8)
     assert metrics["coefficients/vit"].value == 0
     assert metrics["from_vit/mean_apart"].value <= metrics["from_vit/apart"].value
+
+
+def test_claims_about_arms_that_were_not_trained_are_not_judged():
+    kept = {name: metric for name, metric in numbers(True).items() if "no_s3" not in name}
+    status = {claim.id: claim.status for claim in judge_claims(CLAIMS, kept)}
+    unjudged = {name for name, judged in status.items() if judged == "not_judged"}
+    assert unjudged == {"variance_is_kept", "s3_trains_no_worse"}
 
 
 def test_margins_are_paired_by_seed(result):
@@ -121,6 +129,8 @@ def test_bad_configurations_and_absent_data_are_refused():
         Config(groups=7)
     with pytest.raises(ValueError, match=r"spline_seeds 1\.\.seeds"):
         Config(spline_seeds=4)
+    with pytest.raises(ValueError, match="arms must contain vit and kat"):
+        Config(arms=("kat",))
     with pytest.raises(MissingData, match="ImageNet-1k"):
         resolve(PRESETS["paper"])
     assert resolve(dataclasses.replace(PRESETS["smoke"], data="digits")).data == "digits"

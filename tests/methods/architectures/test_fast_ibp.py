@@ -66,7 +66,9 @@ def test_bounds_margins_and_losses_equal_the_vectors(vectors, dtype, tolerance):
         loose = 1 if dtype is np.float64 else 10
         tight = tightness_regulariser(boxes, box.radius, tolerance=tolerance_of)
         np.testing.assert_allclose(tight, v["reg_tightness"], rtol=loose * tolerance)
-        np.testing.assert_allclose(relu_regulariser(boxes, tolerance=tolerance_of), v["reg_relu"], rtol=loose * tolerance)
+        np.testing.assert_allclose(
+            relu_regulariser(boxes, tolerance=tolerance_of), v["reg_relu"], rtol=loose * tolerance
+        )
         # The same bounds at a quarter of the target: λ = 0.5 (1 − 1/4).
         loss, terms, _ = fast_ibp_loss(net, x, y, eps, eps_max=4 * eps, tolerance=tolerance_of)
         regularised = terms.weight * (terms.tightness + terms.relu)
@@ -151,7 +153,10 @@ def test_radii_keep_their_size_at_ibp_initialisation_and_explode_at_xavier():
         boxes = relu_boxes(net, propagate(net, box).entering)
         return np.asarray([each.radius.mean() / box.radius.mean() for each in boxes])
 
-    ours, theirs = growth(networks.ibp_init(jax.random.key(2), net)), growth(networks.xavier_init(jax.random.key(2), net))
+    ours, theirs = (
+        growth(networks.ibp_init(jax.random.key(2), net)),
+        growth(networks.xavier_init(jax.random.key(2), net)),
+    )
     assert (ours > 1).all() and (ours < 4).all()
     assert (theirs[1:] / theirs[:-1] > 4).all()
 

@@ -106,7 +106,7 @@ def over_epochs(
 
 
 def regularisers(trained: Mapping[str, Trained], radius: int, per_epoch: int, title: str) -> Figure:
-    """Both terms by epoch for the first and the last arm of the ablation, which are with and without them in the loss."""
+    """Both terms by epoch, with them in the loss (full) and without."""
     curves = {}
     for name in ("xavier", "init_bn", "full"):
         if name not in trained:

@@ -1,8 +1,8 @@
 """The Fast IBP experiment's workshop: the arms, how they are trained together, what is measured of their networks.
 
 ``fit`` knows a loss and its gradient only. Running statistics of batch norm are therefore carried beside the network in
-the trained pytree, ``{"net": ..., "running": ...}``: the loss holds ``running_pull``, whose descent at rate 1 is PyTorch's
-running average, and the network's own optimiser does not see them.
+the trained pytree, ``{"net": ..., "running": ...}``: the loss holds ``running_pull``, whose descent at rate 1 is
+PyTorch's running average, and the network's own optimiser does not see them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from experiments.architectures.fast_ibp import Config
 
 PROFILED = (128,) * 5
-"""Hidden widths of the untrained networks whose bounds are measured: those that the growth by 4 per layer is said of."""
+"""Hidden widths of the untrained networks whose bounds are measured."""
 
 CLIP = 10.0
 WATCHED = 1000
@@ -271,8 +271,8 @@ def examine(lab: Lab, trained: Trained) -> dict[str, np.ndarray]:
     """Final measurements on the test images, (radii, seeds, ...).
 
     Returns:
-      Which images are ``verified``, ``standard`` (classified rightly) and, of the first ``config.attacked``, ``attacked``
-      (right under attack), bool; and what ``watch`` gives over all of them.
+      Which images are ``verified``, ``standard`` (classified rightly) and, of the first ``config.attacked``,
+      ``attacked`` (right under attack), bool; and what ``watch`` gives over all of them.
     """
     config, test = lab.config, lab.test
     hit = {name: x[: config.attacked] for name, x in test.items()}

@@ -4,10 +4,10 @@
     python -m experiments run fast_ibp --preset smoke   # scikit-learn's digits, seconds
 
 Classifiers of digits are trained on interval bounds: some natural epochs, a short ramp of ε, some epochs at full ε.
-Arms leave out one or more of the paper's three improvements; two of them are trained with a longer ramp as well, and one
-on CROWN-IBP's bounds. Reported on test images: verified error (by interval bounds), error under attack (PGD), standard
-error, each at the end of training, and the states of the ReLUs over time. Nothing is selected on test images: every
-number is of the last epoch. Arms of one seed see the same batches and share classifier and biases at the start.
+Arms leave out one or more of the paper's three improvements; two of them are trained with a longer ramp as well, and
+one on CROWN-IBP's bounds. Reported on test images: verified error (by interval bounds), error under attack (PGD),
+standard error, each at the end of training, and the states of the ReLUs over time. Nothing is selected on test images:
+every number is of the last epoch. Arms of one seed see the same batches and share classifier and biases at the start.
 
 Numbers of a run, and how they compare with the paper's, are on docs/papers/fast_ibp.md.
 """
@@ -166,7 +166,8 @@ def initial_metrics(ratios: dict[str, np.ndarray]) -> dict[str, Metric]:
 def errors(key: jax.Array, config: Config, final: dict[str, dict[str, np.ndarray]]) -> dict[str, Metric]:
     """Verified, attacked and standard error, and states of the ReLUs, by radius and arm.
 
-    Intervals are bootstraps over test images. ``gain`` is by how many points the verified error is below that of Xavier.
+    Intervals are bootstraps over test images. ``gain`` is by how many points the verified error is below
+    that of Xavier.
     """
     metrics: dict[str, Metric] = {}
     for name, found in final.items():

@@ -11,8 +11,8 @@ functions of earlier layers and walks them back to the input, starting from the 
 For a lower bound, positive entries of the rows take a ReLU's lower line and negative ones its upper line. In CROWN-IBP
 the [l, u] come from interval propagation, so one backward pass with K − 1 rows per input is all that is added.
 
-The result is usually tighter than interval propagation, not always: the line α = 1 goes down to l, where the ReLU itself
-stays at 0. With α = 0 everywhere, a network of two layers is never bounded less tightly.
+The result is usually tighter than interval propagation, not always: the line α = 1 goes down to l, where the ReLU
+itself stays at 0. With α = 0 everywhere, a network of two layers is never bounded less tightly.
 """
 
 from __future__ import annotations

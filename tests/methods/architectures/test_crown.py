@@ -19,7 +19,7 @@ from tests.methods.architectures.test_interval import SEEDS, example
 
 @jax.jit
 def slack(net, x, labels, key, eps):
-    """Least room, relative to rounding, of margins and losses of points in the box to their bounds; from -1 on sound."""
+    """Least room, relative to rounding, of margins and losses in the box to their bounds; from -1 on sound."""
     box = ball(x, eps)
     entering = propagate(net, box).entering
     bound = crown_margins(net, entering, box, labels)

@@ -166,7 +166,7 @@ def test_jit_and_grad_go_through_the_bounds():
 
 def test_bad_input_is_refused_by_name():
     net, x, labels, _ = example(0)
-    with pytest.raises(ValueError, match="eps must be finite and not negative, got -0.1"):
+    with pytest.raises(ValueError, match=r"eps must be finite and not negative, got -0\.1"):
         ball(x, -0.1)
     with pytest.raises(ValueError, match=r"x must be within \[low, high\] = \[0.0, 0.5\]"):
         ball(x, 0.1, high=0.5)

@@ -113,7 +113,7 @@ def xavier_init(key: jax.Array, net: Network) -> Network:
 
     Radii grow by about 0.4 √n per layer.
     """
-    return _redrawn(key, net, jax.nn.initializers.glorot_normal())
+    return _redrawn(key, net, jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal"))
 
 
 def kaiming_init(key: jax.Array, net: Network) -> Network:

@@ -5,8 +5,8 @@
 It imports nothing from this repository. FOLDER holds ``batch.npz`` (x, y) and, by network, ``layers.json`` and
 ``arrays.npz`` in our layouts, kernels (in, out) and HWIO. It says on stdout that it is ready, then answers lines of
 JSON: ``{"prompts": "NETWORK/ibp" or "NETWORK/crown", "cells": [STEPS]}`` gives ``{"seconds": s, "values": [...]}``:
-seconds for so many steps from the stored weights, and the margins of the first one (B (K − 1)); no values where the peer
-does not offer such bounds.
+seconds for so many steps from the stored weights, and the margins of the first one (B (K − 1)); no values where the
+peer does not offer such bounds.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
 
 def new_network(lab: Lab, arm: Arm, key: jax.Array) -> Network:
     """An untrained network of an arm. Arms of one seed differ in kernels only, and not in the classifier's."""
-    size = lab.train["x"].shape[1:]
+    size: Any = lab.train["x"].shape[1:]
     if lab.config.network == "cnn7":
         plain = networks.cnn7(stream(key, "net"), size, 10, width=lab.config.width, batch_norm=arm.batch_norm)
     else:
@@ -153,12 +153,13 @@ class Trained:
     Attributes:
       params: ``{"net", "running"}``.
       losses: the terms of the loss by name, (radii, seeds, steps).
-      records: what ``watch`` saw before training and after each epoch, (radii, seeds, epochs + 1, ...).
+      records: what ``watch`` saw before training and after each epoch, (radii, seeds, epochs + 1, ...), for each of
+        ``config.eps`` as the radius of the bounds.
     """
 
     params: Any
     losses: dict[str, np.ndarray]
-    records: dict[str, np.ndarray]
+    records: list[dict[str, np.ndarray]]
 
 
 def train_all(lab: Lab) -> dict[str, Trained]:

@@ -42,11 +42,11 @@ def main(peer: str, folder: Path) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         network, kind = asked["prompts"].rsplit("/", 1)
-        margins_of = prepare(stored(folder / network, x), x, y, kind == "crown")
-        if margins_of is None:
+        prepared = prepare(stored(folder / network, x), x, y, kind == "crown")
+        if prepared is None:
             print(json.dumps({"seconds": 0.0, "values": []}), file=answers)
             continue
-        seconds, values = train(*margins_of, steps=asked["cells"][0])
+        seconds, values = train(*prepared, asked["cells"][0])
         print(json.dumps({"seconds": seconds, "values": values.flatten().tolist()}), file=answers)
 
 
@@ -95,14 +95,14 @@ def _reorder(layer: Any, image: torch.Size) -> None:
 
 def _conv(take: dict[str, torch.Tensor], x: torch.Tensor, stride: int, padding: int) -> nn.Module:
     height, width, inputs, outputs = take["kernel"].shape
-    layer = nn.Conv2d(inputs, outputs, (height, width), stride, padding)
+    layer: Any = nn.Conv2d(inputs, outputs, (height, width), stride, padding)
     layer.weight.copy_(take["kernel"].permute(3, 2, 0, 1))
-    layer.bias.copy_(take["bias"])  # type: ignore[union-attr]
+    layer.bias.copy_(take["bias"])
     return layer
 
 
 def _dense(take: dict[str, torch.Tensor], x: torch.Tensor) -> nn.Module:
-    layer = nn.Linear(*take["kernel"].shape)
+    layer: Any = nn.Linear(*take["kernel"].shape)
     layer.weight.copy_(take["kernel"].T)
     layer.bias.copy_(take["bias"])
     return layer
@@ -154,7 +154,8 @@ def by_hand(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, crown: bool) -
         return None
     low, high = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1)
     asked = specification(y, 10)
-    *hidden, head = net
+    layers: list[Any] = list(net)
+    *hidden, head = layers
 
     def margins() -> torch.Tensor:
         clean, centre, radius = x, (low + high) / 2, (high - low) / 2
@@ -165,7 +166,7 @@ def by_hand(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, crown: bool) -
             elif isinstance(layer, nn.Flatten):
                 clean, centre, radius = clean.flatten(1), centre.flatten(1), radius.flatten(1)
             elif isinstance(layer, nn.Conv2d):
-                around = {"stride": layer.stride, "padding": layer.padding}
+                around: Any = {"stride": layer.stride, "padding": layer.padding}
                 radius = nn.functional.conv2d(radius, layer.weight.abs(), None, **around)
                 clean, centre = layer(clean), layer(centre)
             elif isinstance(layer, nn.Linear):
@@ -176,8 +177,8 @@ def by_hand(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, crown: bool) -
                 variance, mean = torch.var_mean(clean, axes, correction=0)
                 count = clean.numel() // clean.shape[1]
                 with torch.no_grad():
-                    layer.running_mean.lerp_(mean, 0.1)  # type: ignore[union-attr]
-                    layer.running_var.lerp_(variance * count / (count - 1), 0.1)  # type: ignore[union-attr]
+                    layer.running_mean.lerp_(mean, 0.1)
+                    layer.running_var.lerp_(variance * count / (count - 1), 0.1)
                 wide = (1, -1, *(1,) * (clean.ndim - 2))
                 scale = layer.weight / (variance + layer.eps).sqrt()
                 shift = (layer.bias - scale * mean).view(wide)

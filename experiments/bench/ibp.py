@@ -109,7 +109,7 @@ def _case(
     def step(net: Network, state: Any) -> tuple[Network, Any, jax.Array]:
         (_, margins), gradient = jax.value_and_grad(loss, has_aux=True)(net)
         updates, state = optimiser.update(gradient, state, net)
-        return optax.apply_updates(net, updates), state, margins  # type: ignore[return-value]
+        return optax.apply_updates(net, updates), state, margins
 
     start = time.perf_counter()
     margins = np.asarray(step(net, optimiser.init(net))[2])
@@ -123,13 +123,16 @@ def _case(
         jax.block_until_ready(params)
         return (time.perf_counter() - start) / size.steps
 
+    def theirs(peer: Peer) -> Callable[[], float]:
+        return lambda: peer.ask(asked, [size.steps])["seconds"] / size.steps
+
     runs: dict[str, Callable[[], float]] = {"ours": ours}
     apart: dict[str, float] = {}
     for label, peer in peers.items():
         reply = peer.ask(asked, [2])
         if reply["values"]:  # a peer without this kind of bound answers with none
             apart[label] = float(np.abs(np.asarray(reply["values"]).reshape(margins.shape) - margins).max())
-            runs[label] = lambda peer=peer: peer.ask(asked, [size.steps])["seconds"] / size.steps
+            runs[label] = theirs(peer)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(size.repeats):
         for name, measure in runs.items():
@@ -146,15 +149,15 @@ def _case(
 def _store(net: Network, folder: Path) -> None:
     """A network as ``layers.json`` (kind and settings of each layer) and ``arrays.npz`` (arrays by layer and name)."""
     folder.mkdir()
-    layers, arrays = [], {}
+    layers: list[Any] = []
+    arrays: dict[str, Any] = {}
     for index, layer in enumerate(net):
         settings = {"stride": layer.stride, "padding": layer.padding} if isinstance(layer, Conv) else {}
         layers.append({"kind": type(layer).__name__, **settings})
         names = {Conv: ("kernel", "bias"), Dense: ("kernel", "bias"), BatchNorm: ("scale", "bias")}.get(type(layer), ())
         arrays |= {f"{index}.{name}": np.asarray(getattr(layer, name)) for name in names}
     (folder / "layers.json").write_text(json.dumps(layers))
-    stored: dict[str, Any] = arrays
-    np.savez(folder / "arrays.npz", **stored)
+    np.savez(folder / "arrays.npz", **arrays)
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -67,6 +67,7 @@ def norm(key, units):
     return BatchNorm(jax.random.normal(keys[0], (units,)), jax.random.normal(keys[1], (units,)))
 
 
+@jax.jit
 def every_layer(key):
     """A network of every kind of layer, with two residual sums in a row; inputs (B, 6, 6, 2), 4 classes."""
     k = jax.random.split(key, 9)

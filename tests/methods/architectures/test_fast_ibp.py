@@ -201,8 +201,9 @@ def test_balance_does_not_depend_on_scale_and_swaps_with_the_sign(seed, factor):
     keys = jax.random.split(jax.random.key(seed))
     centre = jax.random.normal(keys[0], (6, 9))
     box = Interval(centre, 0.1 * jax.random.uniform(keys[1], (6, 9)))
+    balance = jax.jit(relu_balance)
     for other in (Interval(factor * box.centre, factor * box.radius), Interval(-box.centre, box.radius)):
-        np.testing.assert_allclose(relu_balance(other)[:2], relu_balance(box)[:2], rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(balance(other)[:2], balance(box)[:2], rtol=1e-3, atol=1e-5)
 
 
 def _batch():
@@ -239,11 +240,13 @@ def test_the_loss_under_jit_and_vmap_is_the_plain_one_and_its_gradient_a_differe
 
     steps = jnp.asarray([0.0, 0.02, 0.1])
     together = jax.jit(jax.vmap(loss, (None, 0)))(net, steps)
-    np.testing.assert_allclose(together, [loss(net, eps) for eps in steps], rtol=1e-4)
+    alone = jax.jit(loss)
+    np.testing.assert_allclose(together, [alone(net, eps) for eps in steps], rtol=1e-4)
+    np.testing.assert_allclose(together[1], loss(net, 0.02), rtol=1e-4)
     gradient = jax.jit(jax.grad(loss))(net, 0.02)
     length = jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
     ahead, behind = (jax.tree.map(lambda w, g, s=s: w + s * g / length, net, gradient) for s in (1e-3, -1e-3))
-    np.testing.assert_allclose((loss(ahead, 0.02) - loss(behind, 0.02)) / 2e-3, length, rtol=0.02)
+    np.testing.assert_allclose((alone(ahead, 0.02) - alone(behind, 0.02)) / 2e-3, length, rtol=0.02)
 
 
 def test_a_normalisation_as_first_layer_is_a_box_of_eps_over_std():
@@ -259,11 +262,16 @@ def test_a_normalisation_as_first_layer_is_a_box_of_eps_over_std():
 def test_errors_are_ordered_clean_attacked_verified_input_by_input():
     net, x, y = _batch()
     fixed = fix(net, initial_running(net, x))
-    for eps in (0.0, 0.02, 0.2):
+
+    @jax.jit
+    def judged(eps):
         worst = pgd(jax.random.key(1), lambda x: apply(fixed, x), x, y, eps, steps=5, restarts=2)
+        right = [apply(fixed, points).argmax(-1) == y for points in (x, worst)]
+        return worst, *right, verified(certify(fixed, x, y, eps)[0])
+
+    for eps in (0.0, 0.02, 0.2):
+        worst, clean, attacked, certain = judged(eps)
         assert (jnp.abs(worst - x) <= eps + 1e-6).all() and (worst >= 0).all() and (worst <= 1).all()
-        clean, attacked = (apply(fixed, points).argmax(-1) == y for points in (x, worst))
-        certain = verified(certify(fixed, x, y, eps)[0])
         assert (clean | ~attacked).all() and (attacked | ~certain).all()
 
 

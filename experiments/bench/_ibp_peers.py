@@ -46,7 +46,8 @@ def main(peer: str, folder: Path) -> None:
         if prepared is None:
             print(json.dumps({"seconds": 0.0, "values": []}), file=answers)
             continue
-        seconds, values = train(*prepared, asked["cells"][0])
+        parameters, margins_of = prepared
+        seconds, values = train(parameters, margins_of, asked["cells"][0])
         print(json.dumps({"seconds": seconds, "values": values.flatten().tolist()}), file=answers)
 
 
@@ -176,9 +177,10 @@ def by_hand(net: nn.Sequential, x: torch.Tensor, y: torch.Tensor, crown: bool) -
                 axes = [axis for axis in range(clean.ndim) if axis != 1]
                 variance, mean = torch.var_mean(clean, axes, correction=0)
                 count = clean.numel() // clean.shape[1]
+                running: Any = (layer.running_mean, layer.running_var)
                 with torch.no_grad():
-                    layer.running_mean.lerp_(mean, 0.1)
-                    layer.running_var.lerp_(variance * count / (count - 1), 0.1)
+                    running[0].lerp_(mean, 0.1)
+                    running[1].lerp_(variance * count / (count - 1), 0.1)
                 wide = (1, -1, *(1,) * (clean.ndim - 2))
                 scale = layer.weight / (variance + layer.eps).sqrt()
                 shift = (layer.bias - scale * mean).view(wide)

@@ -166,7 +166,7 @@ def propagate(net: Network, box: Interval) -> Bounded:
         else:
             entering.append(box)
             box = _through(layer, box)
-        if _known(box.centre, box.radius) and not np.isfinite(np.asarray(box.centre) + np.asarray(box.radius)).all():
+        if _known(box.centre, box.radius) and not all(np.isfinite(part).all() for part in (box.centre, box.radius)):
             raise ValueError(f"propagate: the bounds after layer {index} ({type(layer).__name__}) are not finite.")
     return Bounded(box, tuple(entering))
 

@@ -116,9 +116,9 @@ def test_fused_margins_of_one_layer_are_exact_and_tighter_than_bounded_logits():
 
 
 def test_positive_weights_and_inputs_make_the_bounds_exact():
-    keys = jax.random.split(jax.random.key(2), 3)
+    keys = jax.random.split(jax.random.key(2), 4)
     net = tuple(ReLU() if i % 2 else Dense(jax.random.uniform(keys[i // 2], (5, 5)), jnp.zeros(5)) for i in range(5))
-    box = ball(jax.random.uniform(keys[2], (2, 5), minval=0.2, maxval=0.8), 0.1)
+    box = ball(jax.random.uniform(keys[3], (2, 5), minval=0.2, maxval=0.8), 0.1)
     output = propagate(net, box).output
     np.testing.assert_allclose(output.lower, apply(net, box.lower), rtol=1e-5)
     np.testing.assert_allclose(output.upper, apply(net, box.upper), rtol=1e-5)

@@ -170,9 +170,7 @@ def error_over_epochs(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figu
         wanted = np.array([part.sum() for part in np.array_split(power, bands.shape[1])]) * 2 / len(one["y"]) ** 2
         decibels = 10 * np.log10(np.maximum(bands / np.maximum(wanted, FLOOR), 1e-6))
         extent = (0, len(bands), 0, 0.5)
-        image = axes.imshow(
-            decibels.T, origin="lower", aspect="auto", extent=extent, cmap="RdBu_r", vmin=-40, vmax=40
-        )
+        image = axes.imshow(decibels.T, origin="lower", aspect="auto", extent=extent, cmap="RdBu_r", vmin=-40, vmax=40)
         axes.grid(visible=False)
         axes.set_title(NAMES[arm], loc="left")
         axes.set_xlabel("epoch")
@@ -274,7 +272,8 @@ def denoising(name: str, seen: Mapping[str, Any]) -> Figure:
     for arm in arms:
         curve = seen[arm]["curve"]
         axes.plot(curve.mean(0), color=COLOURS[arm], label=NAMES[arm])
-        axes.fill_between(range(curve.shape[1]), curve.min(0), curve.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
+        epochs = range(curve.shape[1])
+        axes.fill_between(epochs, curve.min(0), curve.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
         axes.plot(seen[arm]["stop"], curve[0, seen[arm]["stop"]], "o", color=COLOURS[arm], markeredgecolor="white")
     noise = float(np.square(seen["noisy"] - seen["clean"]).mean())
     level = 10 * np.log10((2.0 if flat else 1.0) ** 2 / noise)

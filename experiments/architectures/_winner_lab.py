@@ -43,7 +43,8 @@ EDGES = tuple(np.linspace(0, 0.5, 17).tolist())
 BATCH_LIMIT = 65_536
 """Largest batch of the networks in ``BATCHED`` (the paper's), above it they see random parts."""
 BATCHED = ("gauss", "wire", "relu")
-DECAY_EVERY = 20
+DECAY_EVERY, SIGNAL_DECAY, PICTURE_DECAY = 20, 0.99, 0.998
+"""The learning rate is multiplied by the decay every 20 steps (the released scripts)."""
 
 
 class Target(NamedTuple):

@@ -68,7 +68,7 @@ def impulses(key: jax.Array, samples: int, count: int = 12, frequency: float = 0
 
 
 def recording(key: jax.Array, samples: int, strokes: int = 6, partials: int = 8) -> Float[Array, "N 1"]:
-    """Something like a recording of an instrument: strokes at random times, each a burst of noise and decaying partials.
+    """Like a recording of an instrument: strokes at random times, each a burst of noise and decaying partials.
 
     Partials lie anywhere up to f = 0.4 and die out the faster the higher they are; the noise is short and weaker.
     """

@@ -1,8 +1,8 @@
 """Implicit neural representations: a signal or image as a function of place, y = f(x), x in [-1, 1]^d.
 
-SIREN (Sitzmann et al. 2020, arXiv 2006.09661) and the networks it is compared with. All have the same signature,
-``NAME_init(key, widths) -> params`` and ``NAME_apply(params, x) -> y`` with widths (d, hidden ..., C), and differ in the
-activation of z_l = h_{l-1} W_l + b_l, l = 1..n; the output layer is linear::
+SIREN (Sitzmann et al. 2020, arXiv 2006.09661) and the networks it is compared with. All have one signature,
+``NAME_init(key, widths) -> params`` and ``NAME_apply(params, x) -> y`` with widths (d, hidden ..., C), and differ in
+the activation of z_l = h_{l-1} W_l + b_l, l = 1..n; the output layer is linear::
 
     SIREN     sin(omega_1 z_1), sin(omega_0 z_l)
     FINER     sin(omega (|z| + 1) z), the factor not differentiated     (arXiv 2312.02434)

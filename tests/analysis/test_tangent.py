@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def tanh_network(params, x):
 
 
 def tanh_params(key, widths=(3, 5, 4, 2)):
-    shapes = [shape for a, b in zip(widths[:-1], widths[1:], strict=True) for shape in ((a, b), (b,))]
+    shapes = [shape for a, b in itertools.pairwise(widths) for shape in ((a, b), (b,))]
     w0, b0, w1, b1, w, b = (jax.random.normal(stream(key, i), shape) for i, shape in enumerate(shapes))
     return {"trunk": {"w0": w0, "b0": b0, "w1": w1, "b1": b1}, "head": {"w": w, "b": b}}
 

@@ -164,12 +164,8 @@ def error_over_epochs(runs: Mapping[tuple[str, str], Mapping[str, Any]]) -> Figu
     arms = ("siren", "winner")
     grid = figure.subplots(1, 2, sharey=True)
     for axes, arm in zip(grid, arms, strict=True):
-        one = runs[target, arm]
-        bands = one["bands"][0]  # (steps, bands)
-        power = np.abs(fft.rfft(one["y"])) ** 2
-        wanted = np.array([part.sum() for part in np.array_split(power, bands.shape[1])]) * 2 / len(one["y"]) ** 2
-        decibels = 10 * np.log10(np.maximum(bands / np.maximum(wanted, FLOOR), 1e-6))
-        extent = (0, len(bands), 0, 0.5)
+        decibels = 10 * np.log10(np.maximum(runs[target, arm]["bands"], FLOOR))
+        extent = (0, len(decibels), 0, 0.5)
         image = axes.imshow(decibels.T, origin="lower", aspect="auto", extent=extent, cmap="RdBu_r", vmin=-40, vmax=40)
         axes.grid(visible=False)
         axes.set_title(NAMES[arm], loc="left")

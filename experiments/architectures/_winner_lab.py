@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -94,6 +95,12 @@ def make_signals(lab: Lab, names: Iterable[str], samples: int) -> dict[str, Targ
         name: Target((samples,), jax.vmap(lambda k, n=name: SIGNALS[n](stream(k, "target", n), samples))(lab.keys), 2.0)
         for name in names
     }
+
+
+def make_sounds(lab: Lab, folder: Path, samples: int) -> dict[str, Target]:
+    """Every .wav file of a folder as a signal, the same for every seed, by the file's stem."""
+    read = {path.stem: signals.read_sound(path, samples) for path in sorted(folder.glob("*.wav"))}
+    return {name: Target((samples,), jnp.stack([y] * len(lab.keys)), 2.0) for name, y in read.items()}
 
 
 def make_pictures(lab: Lab, names: Iterable[str], size: int) -> dict[str, Target]:

@@ -15,7 +15,9 @@ The paper gives sums over sound files that are not at hand. Our numbers are on d
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from experiments.architectures import _winner_figures as draw
 from experiments.architectures._winner_claims import CLAIMS
 from experiments.architectures._winner_denoise import denoise
 from experiments.architectures._winner_lab import (
+    EDGES,
     PICTURE_DECAY,
     PICTURES,
     SIGNAL_DECAY,
@@ -37,20 +40,22 @@ from experiments.architectures._winner_lab import (
     make_arms,
     make_pictures,
     make_signals,
+    make_sounds,
     siren_with_omega,
     train,
     train_lanes,
 )
 from experiments.measures import per_seed
+from mechlab.analysis.spectra import band_power
 from mechlab.analysis.tangent import empirical_ntk, kernel_alignment
-from mechlab.core.errors import did_you_mean
+from mechlab.core.errors import UserError, did_you_mean
 from mechlab.core.rng import stream
 from mechlab.methods.architectures import winner
 from mechlab.models import implicit
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
 
-__all__ = ["CLAIMS", "PRESETS", "Config", "run"]
+__all__ = ["CLAIMS", "PRESETS", "Config", "resolve", "run"]
 
 ALL_ARMS = tuple(make_arms((1, 1), (4,)))
 ALL_SIGNALS = ("high", "mid", "low", "pink", "white", "chirp", "impulses", "recording")
@@ -66,6 +71,7 @@ class Config:
       hidden: hidden widths of every network.
       rate: Adam's learning rate, times 0.99 (signals) or 0.998 (pictures) every 20 steps.
       signals, samples, steps, arms: signals to fit, their length, updates, and the networks that fit them.
+      sounds: a folder of .wav files to fit as well, of at least as many samples; below $MECHLAB_DATA if relative.
       pictures, picture_size, picture_steps, picture_arms: likewise; "photograph" and "mnist" are real.
       ntk_points: points of the tangent kernels, of a signal like "high"; 0 leaves them out.
       ntk_s0, ntk_s1: noise scales at which kernels are looked at, beside those of the rule.
@@ -79,6 +85,7 @@ class Config:
     hidden: tuple[int, ...] = (96, 96, 96, 96)
     rate: float = 1e-4
     signals: tuple[str, ...] = ("high", "mid", "pink", "low")
+    sounds: str = ""
     samples: int = 2048
     steps: int = 300
     arms: tuple[str, ...] = ("siren", "siren_scaled", "siren_3000", "winner", "winner_scaled", "finerpp", "rff")
@@ -162,6 +169,23 @@ PRESETS: dict[str, Config] = {
         lanes_at_once=4,
     ),
 }
+PRESETS["paper"] = dataclasses.replace(
+    PRESETS["accel"], seeds=5, sounds="sounds", steps=1000, picture_size=427, picture_steps=100
+)
+
+
+def resolve(config: Config) -> Config:
+    """The same configuration with the folder of sounds found.
+
+    Raises:
+      UserError: it is asked for and not here: the paper's twelve recordings do not come with this package.
+    """
+    if not config.sounds:
+        return config
+    folder = Path(os.environ.get("MECHLAB_DATA", "")) / config.sounds
+    if not any(folder.glob("*.wav")):
+        raise UserError(f"no .wav files in {folder}: put recordings there, or leave them out by --set sounds=")
+    return dataclasses.replace(config, sounds=str(folder))
 
 
 def run(key: jax.Array, config: Config, log: Log) -> Result:
@@ -183,11 +207,17 @@ def fit_signals(lab: Lab, metrics: Metrics, seen: dict[str, Any]) -> None:
     """Every arm on every signal, and what the units of the first signal's networks carry before training."""
     config = lab.config
     targets = make_signals(lab, config.signals, config.samples)
+    if config.sounds:
+        targets |= make_sounds(lab, Path(config.sounds), config.samples)
     arms = {name: arm for name, arm in make_arms(config.hidden, (config.samples,)).items() if name in config.arms}
     trained = train(lab, "signals", arms, targets, steps=config.steps, decay=SIGNAL_DECAY, judge=banded_error)
     seen["curves"] = measure(lab, "signals", targets, trained, metrics)
     seen["signals"] = {
-        cell: {"y": np.asarray(targets[cell[0]].y[0, :, 0]), "output": one.output[0, :, 0], "bands": one.kept["bands"]}
+        cell: {
+            "y": np.asarray(targets[cell[0]].y[0, :, 0]),
+            "output": one.output[0, :, 0],
+            "bands": one.kept["bands"][0] / np.asarray(band_power(targets[cell[0]].y[0, :, 0], EDGES) + 1e-12),
+        }
         for cell, one in trained.items()
         if "bands" in one.kept
     }

@@ -5,11 +5,13 @@ Every generator gives (N, 1) float32 whose largest magnitude is 1. Frequencies a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.io import wavfile
 
 from mechlab.core.rng import stream
 
@@ -88,6 +90,24 @@ def recording(key: jax.Array, samples: int, strokes: int = 6, partials: int = 8)
 
     keys = jax.vmap(lambda i: stream(key, "strokes", i))(jnp.arange(strokes))
     return _normalised(jax.lax.map(stroke, keys).sum(0))
+
+
+def read_sound(path: Path, samples: int) -> Float[Array, "N 1"]:
+    """The first samples of a sound file, its channels averaged, divided by the largest magnitude.
+
+    Args:
+      path: a .wav file.
+      samples: N, at most the length of the file.
+
+    Raises:
+      ValueError: the file is too short, or silent.
+    """
+    _require(samples)
+    _, sound = wavfile.read(path)
+    mono = np.asarray(sound, np.float64).reshape(len(sound), -1).mean(-1)[:samples]
+    if len(mono) < samples or not np.abs(mono).max() > 0:
+        raise ValueError(f"{path}: wanted {samples} samples that are not silent, got {len(mono)}.")
+    return jnp.asarray(mono / np.abs(mono).max(), jnp.float32)[:, None]
 
 
 def _random_phases(key: jax.Array, samples: int, amplitude: np.ndarray) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from scipy.io import wavfile
 
 from mechlab.data import signals
 
@@ -54,6 +55,15 @@ def test_impulses_are_sparse_and_ring():
     y = np.asarray(signals.impulses(jax.random.key(5), 4096, count=3))[:, 0]
     assert (np.abs(y) > 1e-3).mean() < 0.06
     assert 0.1 < np.abs(np.fft.rfft(y)).argmax() / 4096 < 0.2
+
+
+def test_a_sound_file_is_averaged_cut_and_scaled(tmp_path):
+    stereo = np.asarray([[100, 300], [-400, -400], [0, 50], [9, 9], [1, 1], [2, 2]], np.int16)
+    wavfile.write(tmp_path / "clip.wav", 8000, stereo)
+    y = signals.read_sound(tmp_path / "clip.wav", 4)
+    np.testing.assert_allclose(y[:, 0], [0.5, -1, 0.0625, 0.0225], rtol=1e-6)
+    with pytest.raises(ValueError, match="wanted 7 samples that are not silent, got 6"):
+        signals.read_sound(tmp_path / "clip.wav", 7)
 
 
 def test_bad_input_is_refused():

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.io import wavfile
 
 from experiments.architectures import _winner_lab as lab_module
-from experiments.architectures.winner import CLAIMS, PRESETS, Config, run
+from experiments.architectures.winner import CLAIMS, PRESETS, Config, resolve, run
+from mechlab.core.errors import UserError
 from mechlab.data.sources import MissingData
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, judge_claims
@@ -130,6 +132,17 @@ def test_a_picture_that_cannot_be_read_is_left_out(monkeypatch):
 
     monkeypatch.setattr(lab_module.pictures, "photograph", missing)
     assert list(lab_module.make_pictures(lab(), ("photograph", "rings"), 8)) == ["rings"]
+
+
+def test_sounds_are_asked_for_by_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_DATA", str(tmp_path))
+    assert resolve(TINY) is TINY
+    with pytest.raises(UserError, match=r"no \.wav files in .*sounds"):
+        resolve(PRESETS["paper"])
+    (tmp_path / "sounds").mkdir()
+    wavfile.write(tmp_path / "sounds" / "bell.wav", 8000, np.arange(100, dtype=np.int16))
+    assert resolve(PRESETS["paper"]).sounds == str(tmp_path / "sounds")
+    assert lab_module.make_sounds(lab(), tmp_path / "sounds", 64)["bell"].y.shape == (2, 64, 1)
 
 
 def metric(*per_seed):

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 
 from mechlab.analysis.tangent import empirical_ntk, kernel_alignment
 from mechlab.core.rng import stream
@@ -69,20 +68,18 @@ def test_jacobian_equals_finite_differences():
     with jax.enable_x64(True):
         params = tanh_params(jax.random.key(0))
         x = jax.random.normal(jax.random.key(1), (4, 3))
-        flat, unravel = jax.flatten_util.ravel_pytree(params)
-        h = 1e-6
-        columns = [
-            (tanh_network(unravel(flat.at[i].add(h)), x) - tanh_network(unravel(flat.at[i].add(-h)), x)) / (2 * h)
-            for i in range(flat.size)
-        ]
-        jacobian = jnp.stack(columns, -1)  # (N, C, P)
+        flat, unravel = ravel_pytree(params)
+        steps = 1e-6 * jnp.eye(flat.size)
+        f = jax.vmap(lambda step: tanh_network(unravel(flat + step), x))
+        jacobian = jnp.moveaxis(f(steps) - f(-steps), 0, -1) / 2e-6  # (N, C, P)
         expected = jnp.einsum("icp,jdp->icjd", jacobian, jacobian)
         np.testing.assert_allclose(empirical_ntk(tanh_network, params, x), expected, rtol=1e-6, atol=1e-8)
         traces = jnp.square(jacobian).sum()
         np.testing.assert_allclose(jnp.trace(empirical_ntk(tanh_network, params, x, contract=True)), traces, rtol=1e-6)
 
 
-@given(items=st.integers(1, 9), block=st.integers(1, 10), contract=st.booleans())
+@pytest.mark.parametrize(("items", "block"), [(1, 3), (7, 3), (6, 2)])
+@pytest.mark.parametrize("contract", [False, True])
 def test_the_block_changes_nothing(items, block, contract):
     params = tanh_params(jax.random.key(2))
     x = jax.random.normal(jax.random.key(3), (items, 3))

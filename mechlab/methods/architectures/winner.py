@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 AUDIO_SAMPLES = 150_000
 """Samples of the paper's audio clips, for which ``AUDIO`` was made."""
+OVER_SUBTRACTION = 3.0
+"""How many times the mean power of noise ``centroid_under_noise`` takes off."""
 
 
 def spectral_centroid(y: Float[Array, "*spatial C"], *, axis: int = -2) -> Float[Array, ""]:
@@ -67,8 +69,9 @@ def centroid_under_noise(
 ) -> Float[Array, ""]:
     """psi of the clean part of a signal with white noise of known strength: spectral subtraction (our choice).
 
-    |ŷ_k|² is lowered by what the noise adds in mean, N noise_std², and cut at zero. About a third of the noise's
-    amplitude is left, since its power fluctuates about that mean: psi is overestimated, less so for strong signals.
+    |ŷ_k|² is lowered by three times what the noise adds in mean, N noise_std², and cut at zero. Three times (Berouti
+    et al. 1979), because the noise's power is spread exponentially: of bins of noise alone, e^-3 = 5 % survive, while
+    37 % would if the mean were taken off. Parts of the signal weaker than the noise are lost with it.
 
     Args:
       y, axis: as ``spectral_centroid``.
@@ -323,7 +326,7 @@ def _centroid(y: Any, axis: int = -2, noise_std: float | jax.Array | None = None
         raise ValueError("y: wanted real and finite samples.")
     amplitude = jnp.moveaxis(jnp.abs(jnp.fft.rfft(jnp.asarray(y), axis=axis)), axis, 0)
     if noise_std is not None:
-        amplitude = jnp.sqrt(jnp.maximum(amplitude**2 - samples * noise_std**2, 0))
+        amplitude = jnp.sqrt(jnp.maximum(amplitude**2 - OVER_SUBTRACTION * samples * noise_std**2, 0))
     total = amplitude.sum(0)  # (*lines, C)
     frequency = jnp.asarray(np.fft.rfftfreq(samples), amplitude.dtype)
     c = jnp.tensordot(frequency, amplitude, 1, precision=jax.lax.Precision.HIGHEST) / jnp.where(total == 0, 1, total)

@@ -62,7 +62,7 @@ def test_outputs_and_kernels_equal_the_vectors(vectors, dtype, tolerance):
             np.testing.assert_allclose(spectrum.energy[-1], 1, rtol=1e-4)
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(samples=st.integers(4, 40), seed=st.integers(0, 9))
 def test_a_pure_tone_is_where_it_is(samples, seed):
     phase = np.random.default_rng(seed).uniform(0, 2 * np.pi)
@@ -100,7 +100,7 @@ def test_subtracting_the_floor_of_noise_recovers_a_tone_s_centroid():
     tone = jnp.cos(2 * jnp.pi * 20 * jnp.arange(1000) / 1000)[:, None]
     noisy = tone + 0.2 * jax.random.normal(jax.random.key(1), tone.shape)
     raw, less = float(w.spectral_centroid(noisy)), float(w.centroid_under_noise(noisy, 0.2))
-    assert 0.04 < less < 0.7 * raw
+    assert 0.04 < less < 0.5 * raw
     np.testing.assert_allclose(w.centroid_under_noise(tone, 0.0), w.spectral_centroid(tone), rtol=1e-6)
     np.testing.assert_allclose(jax.jit(w.centroid_under_noise)(noisy, 0.2), less, rtol=1e-4)
 

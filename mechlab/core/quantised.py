@@ -31,13 +31,13 @@ class QTensor:
       shape: of one layer's kernel, input axes first: (D, H, K) for q, k, v, (H, K, D) for o.
     """
 
-    codes: Int[Array, "*layers in out"]
-    scales: Float[Array, "*layers groups_in groups_out"]
-    zeros: Float[Array, "*layers groups_in groups_out"] | None = None
+    codes: Int[Array, "... I O"]
+    scales: Float[Array, "... I/G O/G"]
+    zeros: Float[Array, "... I/G O/G"] | None = None
     shape: tuple[int, ...] = struct.field(pytree_node=False, kw_only=True)
 
     def dequantise(self, dtype: jnp.dtype | str = jnp.float32) -> jax.Array:
-        """The kernel (..., *shape), computed in float32.
+        """The kernel, its shape behind any layer axes, computed in float32.
 
         Raises:
           ValueError: scales that do not divide the codes, or codes that do not have the kernel's size.

@@ -1,8 +1,6 @@
 """The grammar of tales, as text: words, sentences and plots. ``tables`` turns it into arrays.
 
-The sentences that carry a mood are in ``moods``.
-
-How to read it:
+The sentences that carry a mood are in ``moods``. How to read it:
 
 - ``{A}`` and ``{B}`` are the person a sentence is about and the other one; ``{he} {him} {his} {girl}`` are said of A;
   ``{thing} {place} {in} {colour} {goods} {mood} {many} {more} {sum} {asked} {yes}`` are A's own (``{thing2}``: B's).

@@ -4,6 +4,7 @@ Import what you need from its packages; importing ``mechlab`` itself loads nothi
 
 - ``mechlab.core``: sites, edits, parameter selection and transforms, sweeps, random streams, sharding.
 - ``mechlab.models``: models with named sites.
+- ``mechlab.kernels``: operations with kernels for TPUs and GPUs, one folder each.
 - ``mechlab.methods``: one module per paper.
 - ``mechlab.analysis``, ``mechlab.data``, ``mechlab.training``, ``mechlab.reporting``: what the methods share.
 """

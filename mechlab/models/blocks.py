@@ -128,7 +128,9 @@ class Block(nn.Module):
         if not config.parallel:
             read = x = site(self, "resid_mid", x, "B T D", positions=positions)
         norm = _norm(config, "norm_mlp")
-        out = _MLP(config, config.hidden, name="mlp")(read if post else norm(read), positions)
+        kind = config.mlp
+        mlp = _MLP(config, config.hidden, name="mlp") if kind is None else kind.module(config, name="mlp")
+        out = mlp(read if post else norm(read), positions)
         x = norm(x + out) if post else x + out
         return (site(self, "resid_post", x, "B T D", positions=positions), cache), None
 

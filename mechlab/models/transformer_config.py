@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -66,6 +66,18 @@ class LongRope:
         return frequency / np.asarray(self.factors)
 
 
+class MLPKind(Protocol):
+    """Another MLP than the block's own: a frozen dataclass of its settings, such as ``models.kan.RationalMLP``."""
+
+    def problems(self, width: int, hidden: int) -> list[str]:
+        """What does not fit a block of this width D and hidden width F, in words."""
+        ...
+
+    def module(self, config: TransformerConfig, name: str) -> Any:
+        """The Flax module of that name, ``(x (B, T, D), positions) -> (B, T, D)``, with the sites of the MLP."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Shape of a transformer over tokens.
@@ -92,6 +104,7 @@ class TransformerConfig:
       attn_softcap, logit_softcap: c tanh(x / c) of scores (before the mask), of logits.
       gated: gated MLP (SwiGLU) instead of the plain one.
       activation: of the MLP, one of ``models.layers.ACTIVATIONS``.
+      mlp: an MLP of another kind, which replaces the plain or gated one.
       bias: biases on all linear maps but the unembedding, and on layer norms.
       bias_qkv, bias_o, bias_mlp, bias_norm: the same for one kind; as ``bias`` by default.
       embed_scale: factor on token embeddings.
@@ -131,6 +144,7 @@ class TransformerConfig:
     logit_softcap: float | None = None
     gated: bool = False
     activation: str = "gelu_tanh"
+    mlp: MLPKind | None = None
     bias: bool = True
     bias_qkv: bool | None = None
     bias_o: bool | None = None
@@ -255,6 +269,11 @@ def _kind_problems(config: TransformerConfig) -> list[str]:
         problems.append(f'dtype must be a floating-point type such as "bfloat16", got "{config.dtype}"')
     if config.parallel and (config.norm_order == "post" or config.hidden is None):
         problems.append('parallel blocks need an MLP and norm_order "pre" or "sandwich"')
+    if config.mlp is not None:
+        if config.hidden is None or config.gated:
+            problems.append("mlp needs hidden, and gated=False: it replaces the block's own MLP")
+        else:
+            problems += config.mlp.problems(config.width, config.hidden)
     if config.window is not None and not config.causal:
         problems.append("a window needs causal attention")
     if config.local_layers is not None:

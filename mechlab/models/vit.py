@@ -20,7 +20,7 @@ from mechlab.core.model import Model
 from mechlab.core.sites import site
 from mechlab.models.blocks import stacked, views
 from mechlab.models.layers import Linear, Norm
-from mechlab.models.transformer_config import TransformerConfig
+from mechlab.models.transformer_config import MLPKind, TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ViTConfig:
       classes: V; None puts out hidden states instead of logits.
       distilled: a distillation token behind the class token (DeiT).
       distilled_head: the logits are the mean over the heads of both tokens.
-      norm_eps, activation, dtype: as in ``TransformerConfig``.
+      norm_eps, activation, mlp, init_std, dtype: as in ``TransformerConfig``.
       bias_qkv, bias_patch: biases of q, k, v, and of the patch embedding.
       embed_norm: norm after the embeddings are summed (CLIP).
     """
@@ -52,6 +52,8 @@ class ViTConfig:
     distilled_head: bool = False
     norm_eps: float = 1e-6
     activation: str = "gelu"
+    mlp: MLPKind | None = None
+    init_std: float | None = 0.02
     bias_qkv: bool = True
     bias_patch: bool = True
     embed_norm: bool = False
@@ -86,6 +88,8 @@ class ViTConfig:
             context=self.tokens,
             norm_eps=self.norm_eps,
             activation=self.activation,
+            mlp=self.mlp,
+            init_std=self.init_std,
             bias_qkv=self.bias_qkv,
             causal=False,
             unembed=False,

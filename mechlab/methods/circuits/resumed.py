@@ -95,11 +95,14 @@ def start_run(model: Model, params: Any, tokens: Int[Array, "B T"], read: int, s
       sites: more sites to keep.
 
     Raises:
-      ValueError: for a model that sees later tokens, or a position that the prompts do not have.
+      ValueError: for a model that sees later tokens or whose MLP is of another kind, or a position that the prompts do
+        not have.
     """
     config, length = model.module.config, tokens.shape[1]
     if not config.causal:
         raise ValueError("resuming at a position needs causal attention; for this model use core.sweeps.sweep.")
+    if config.mlp is not None:
+        raise ValueError(f"resuming knows plain and gated MLPs only, not {config.mlp}; use core.sweeps.sweep.")
     if not -length <= read < length:
         raise ValueError(f"read must be in {-length}..{length - 1} for prompts of {length} tokens, got {read}.")
     names = sorted({"k", "v", "resid_post"} | sites)

@@ -29,6 +29,14 @@ def test_training_ends_where_its_loop_ends(tmp_path):
     assert run("training", tmp_path)["largest difference in the trained parameters"] < 1e-5
 
 
+def test_rational_gives_what_autodiff_gives_and_keeps_only_its_input(tmp_path):
+    (found,) = run("rational", tmp_path)["shapes"].values()
+    assert max(found["largest difference, relative"].values()) < 1e-4
+    kept = found["kept for the backward pass (bytes)"]
+    assert kept["rational"] == 4 * (6 * 64 + 6 + 8 * 4) < kept["autodiff"]
+    assert found["backend"]["impl"] == "jnp"
+
+
 @pytest.mark.slow
 def test_patching_gives_what_edited_forwards_give(tmp_path, monkeypatch):
     monkeypatch.delenv("MECHLAB_PEERS", raising=False)

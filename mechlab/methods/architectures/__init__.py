@@ -1,0 +1,1 @@
+"""Architectures: networks with other units, other losses or other starts."""

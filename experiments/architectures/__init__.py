@@ -1,1 +1,1 @@
-"""Experiments on architectures."""
+"""Experiments on architectures and training schemes."""

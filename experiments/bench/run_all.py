@@ -1,7 +1,7 @@
 """``python -m experiments bench all``: every device check and benchmark, one process each, within a time limit each.
 
 On an accelerator the limits add up to less than nine minutes. A benchmark that fails or runs out of time is reported as
-such and does not stop the others. Peers in other interpreters (``bench patching``) are left out here.
+such and does not stop the others. Peers in other interpreters (``bench patching``, ``bench ibp``) are left out here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from mechlab.reporting.results import write_json
 
 LIMITS: dict[str, int] = {
     "device": 125,
-    "core": 190,
+    "core": 165,
     "training": 80,
     "patching": 80,
     "patching_maps": 30,
     "rational": 30,
+    "ibp": 25,
 }
 """Seconds for each benchmark, in the order in which they run; 535 in all."""
 
@@ -36,6 +37,7 @@ ON_CPU: dict[str, int] = {
     "patching": 480,
     "patching_maps": 300,
     "rational": 120,
+    "ibp": 240,
 }
 """The same for the preset "cpu"."""
 

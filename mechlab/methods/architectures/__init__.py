@@ -1,1 +1,1 @@
-"""Architectures: networks with other units, other losses or other starts."""
+"""Architectures and training schemes: what a network is built of, how it starts and how it is trained."""

@@ -54,6 +54,16 @@ def test_layer_maps_run_alone(tmp_path, monkeypatch):
     assert set(record["maps"]["4"]) == {"layer x position", "layer x head"}
 
 
+def test_ibp_takes_the_steps_that_pytorch_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    record = run("ibp", tmp_path)
+    for kind in ("IBP", "CROWN-IBP"):
+        found = record[f"CNN-7, {kind}"]
+        assert len(found["seconds per step"]["ours"]) == 2
+        assert all(apart < 1e-4 for apart in found["largest difference of margins"].values())
+        assert found["largest margin"] > 0.1
+
+
 def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
     with running(tmp_path / "no_script.py", ("no_such_package",), tmp_path) as peers:

@@ -70,6 +70,11 @@ def shuffled(data: Any, batch: int, rows: jax.Array | None = None) -> Batches:
     return Batches(plan, lambda index: jax.tree.map(lambda leaf: leaf[index], data))
 
 
+def whole(data: Any) -> Batches:
+    """All of the data in every step: full-batch training, in which the key decides nothing."""
+    return Batches(lambda key, first, count: first + jnp.arange(count), lambda step: data)
+
+
 def generated(sample: Callable[[jax.Array], Any]) -> Batches:
     """Fresh batches from a generator: ``sample(key) -> batch``, a new key every step."""
 

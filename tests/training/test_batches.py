@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechlab.training.batches import generated, numbered, shuffled
+from mechlab.training.batches import generated, numbered, shuffled, whole
 
 
 def plan(n: int, batch: int, first: int, count: int, seed: int = 0, rows: Any = None) -> np.ndarray:
@@ -126,3 +126,12 @@ def test_numbered_adds_the_step_and_leaves_the_batches_as_they_are() -> None:
 def test_bad_arguments_are_refused(data: Any, batch: int, rows: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         shuffled(data, batch, rows)
+
+
+def test_whole_gives_all_of_the_data_at_every_step() -> None:
+    data = {"x": jnp.arange(5), "y": jnp.arange(10.0).reshape(5, 2)}
+    batches = whole(data)
+    steps = batches.plan(jax.random.key(0), jnp.asarray(3), 4)
+    assert steps.shape == (4,)
+    for step in steps:
+        jax.tree.map(np.testing.assert_array_equal, batches.fetch(step), data)

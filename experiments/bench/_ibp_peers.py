@@ -1,6 +1,6 @@
 """The other side of ``bench ibp``: one peer in a process of its own, which runs the training steps it is asked for.
 
-    python _ibp_peers.py PEER FOLDER
+    python _ibp_peers.py PEER FOLDER DEVICE
 
 It imports nothing from this repository. FOLDER holds ``batch.npz`` (x, y) and, by network, ``layers.json`` and
 ``arrays.npz`` in our layouts, kernels (in, out) and HWIO. It says on stdout that it is ready, then answers lines of
@@ -29,10 +29,11 @@ RATE, EPS = 1e-3, 0.1
 Margins = Callable[[], torch.Tensor]
 
 
-def main(peer: str, folder: Path) -> None:
+def main(peer: str, folder: Path, device: str) -> None:
     # Libraries print; the answers go to the real stdout only.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    torch.set_default_device(device)
     start = time.perf_counter()
     prepare = PEERS[peer]
     batch = np.load(folder / "batch.npz")
@@ -64,6 +65,7 @@ def train(parameters: Any, margins_of: Margins, steps: int) -> tuple[float, torc
         loss.backward()
         optimiser.step()
     assert first is not None
+    first = first.cpu()  # an accelerator has then finished every step
     return time.perf_counter() - start, first
 
 
@@ -198,4 +200,4 @@ PEERS: dict[str, Any] = {"auto_LiRPA": auto_lirpa, "torch": by_hand}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

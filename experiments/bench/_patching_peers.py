@@ -1,6 +1,6 @@
 """The other side of ``bench patching``: one peer in a process of its own, which measures what it is asked to.
 
-    python _patching_peers.py PEER FOLDER
+    python _patching_peers.py PEER FOLDER DEVICE
 
 It imports nothing from this repository, so that a peer may need other versions than we do. FOLDER holds a GPT-2
 checkpoint (``config.json``, ``model.safetensors``) and ``prompts-NAME.npz`` (tokens, clean, answers). It says on stdout
@@ -31,11 +31,12 @@ BATCH = 12
 """Cells of one batch, where a peer takes several."""
 
 
-def main(peer: str, folder: Path) -> None:
+def main(peer: str, folder: Path, device: str) -> None:
     # Libraries print; the answers go to the real stdout only.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_grad_enabled(False)
+    torch.set_default_device(device)
     package = {"torch.compile": "torch"}.get(peer, peer)
     start = time.perf_counter()
     prepare = PEERS[peer](folder)
@@ -64,7 +65,7 @@ def hugging_face(folder: Path, attention: str = "sdpa") -> Any:
     """The checkpoint in transformers' own GPT-2."""
     from transformers import GPT2LMHeadModel
 
-    return GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention).eval()
+    return GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention).to(torch.get_default_device()).eval()
 
 
 def transformer_lens(folder: Path) -> Any:
@@ -98,7 +99,7 @@ def transformer_lens(folder: Path) -> Any:
                 found.append(
                     patching.generic_activation_patch(
                         model, tokens, cache, metric, setter, TL_NAMES[site], index_df=table
-                    ).numpy()
+                    ).numpy(force=True)
                 )
             return np.concatenate(found)
 
@@ -137,7 +138,7 @@ def _hooked_transformer(folder: Path) -> Any:
         act_fn="gelu_new",
         normalization_type="LN",
         eps=shape.layer_norm_epsilon,
-        device="cpu",
+        device=str(torch.get_default_device()),
     )
     model = HookedTransformer(config)
     # Unprocessed, so that activations are those of the other peers.
@@ -189,7 +190,7 @@ def nnsight(folder: Path) -> Any:
                         target[rows, where, units] = source[:, where, units]
                     logits = model.lm_head.output[:, -1].save()
                 found += [difference(x, answers) for x in logits.split(count)]
-            return np.asarray(found)
+            return torch.stack(found).numpy(force=True)
 
         return run
 
@@ -275,7 +276,7 @@ def by_hand(folder: Path, compiled: bool = False) -> Any:
                 last = normed(x[:, -1], weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
                 logits = torch.einsum("cbd,bad->cba", last.unflatten(0, (len(some), -1)), chosen)
                 found.append((logits[..., 0] - logits[..., 1]).mean(-1))
-            return torch.cat(found).numpy()
+            return torch.cat(found).numpy(force=True)
 
         def _resume(
             site: str, patched: torch.Tensor, acts: dict[str, torch.Tensor], block: list[torch.Tensor]
@@ -304,4 +305,4 @@ PEERS: dict[str, Callable[[Path], Any]] = {
 }
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -31,9 +31,10 @@ class Peer:
         self._said = folder / f"{name}-{abs(hash(python))}.txt"
         # What this process imports from must not leak into the peer, whose versions may differ.
         clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         with self._said.open("w") as errors:
             self._process = subprocess.Popen(
-                [python, str(script), name, str(folder)],
+                [python, str(script), name, str(folder), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

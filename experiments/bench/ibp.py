@@ -71,18 +71,18 @@ SIZES = {
 def bench(preset: str, out: Path) -> dict[str, Any]:
     """Measure, print a table, write ``ibp.json``; see the module's docstring."""
     size = SIZES[preset]
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 6)
     image = (size.pixels, size.pixels, 1)
     nets = {
         "perceptron": perceptron(keys[0], (size.pixels**2, *size.hidden, 10), batch_norm=True),
-        "CNN-7": cnn7(keys[0], image, 10, width=size.width, hidden=size.dense, batch_norm=True),
+        "CNN-7": cnn7(keys[1], image, 10, width=size.width, hidden=size.dense, batch_norm=True),
     }
-    x, y = jax.random.uniform(keys[1], (size.batch, *image)), jax.random.randint(keys[2], (size.batch,), 0, 10)
+    x, y = jax.random.uniform(keys[2], (size.batch, *image)), jax.random.randint(keys[3], (size.batch,), 0, 10)
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.savez(folder / "batch.npz", x=np.asarray(x), y=np.asarray(y))
-        for label, net in nets.items():
-            nets[label] = ibp_init(keys[3], net)
+        for key, (label, net) in zip(keys[4:], nets.items(), strict=True):
+            nets[label] = ibp_init(key, net)
             _store(nets[label], folder / label)
         with running(Path(__file__).with_name("_ibp_peers.py"), PEERS, folder) as peers:
             record: dict[str, Any] = {"size": dataclasses.asdict(size), "machine": machine(peers)}

@@ -70,7 +70,7 @@ class Config:
     focus: float = 0.02
     rate: float = 0.006
     embed_rate: float = 3e-3
-    distractors: tuple[int, ...] = (0, 1, 2, 4, 6, 10, 16)
+    distractors: tuple[int, ...] = (0, 1, 2, 4, 6, 8, 10, 12, 14, 16)
     items: int = 1000
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ PRESETS: dict[str, Config] = {
         items=64,
     ),
     "cpu": Config(),
-    "accel": Config(sizes=("XL", "L", "M", "S"), focus_steps=12_000, plain_steps=4000, rows=64),
+    "accel": Config(sizes=("XL", "L", "M", "S"), question_steps=12_000, focus_steps=12_000, plain_steps=4000, rows=64),
     "paper": Config(),
 }
 

@@ -16,7 +16,7 @@ from mechlab.data.worlds.tales.moods import LABELS, MOODS
 from mechlab.data.worlds.tales.probes import MoodTexts, filler, instructions, mood_texts
 from mechlab.data.worlds.tales.tables import CUES, GENRES, SPLITS, STAGES, VOCABULARY, tokenizer
 
-DIGEST = "d7d2f2f78ce5e9c8"
+DIGEST = "f0eafeb0b99693be"
 """What ``digest()`` gives for this version of the world."""
 
 __all__ = [

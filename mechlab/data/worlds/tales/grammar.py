@@ -5,8 +5,7 @@ The sentences that carry a mood are in ``moods``. How to read it:
 - ``{A}`` and ``{B}`` are the person a sentence is about and the other one; ``{he} {him} {his} {girl}`` are said of A;
   ``{thing} {place} {in} {colour} {goods} {mood} {many} {more} {sum} {asked} {yes}`` are A's own (``{thing2}``: B's).
   They are drawn once per document and keep their value, so they can be asked for later.
-- ``[colour]`` and all other square brackets are drawn anew wherever they stand and mean nothing.
-- "a" becomes "an" by itself.
+- ``[colour]`` and all square brackets are drawn anew wherever they stand and mean nothing; "a" becomes "an" by itself.
 - A plot is a list of steps. ``fact@B`` tells of the second person, so that its ``{A}`` is the second person; ``@R`` is
   one of the first two at random and ``@S`` then the other; ``@%`` goes round the first ``period`` persons; ``@5`` is
   one of the first five, drawn anew at every step, so that nothing can be had by elimination. ``?`` means half of the
@@ -371,6 +370,8 @@ PLOTS = {
         4 list_open match@A match@B match@C match@D match@4*4-8 ask_what@4
         4 list_open match@A match@B match@C match@D list_end ask_what@4*2-4
         4 fact@A fact@B fact@C fact@D list_open match@4*4-8 ask_what@4
+        4 list_open match@A match@B match@2*0-4 list_end ask_have@R ask_have@S
+        4 list_open match@A match@B match@C match@D match@4*0-6 list_end ask_have@B ask_have@D ask_have@A ask_have@C
         """,
     "list": """
         2 list_open list_thing@%*12-23 list_end

@@ -1,6 +1,6 @@
 """Families of small grey images, each with ten classes of its own: tasks without a common label set, made from a key.
 
-Every image is (size, size) float32 in [0, 1], drawn on the square [-1, 1]², row axis down, with noise of its own. Within
+Every image is (size, size) float32 in [0, 1], drawn on the square [-1, 1]², row axis down, with its own noise. Within
 a class place, size, phase and contrast vary a little, so that a class is a set of images and not one image.
 """
 

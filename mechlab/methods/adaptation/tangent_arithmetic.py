@@ -270,7 +270,9 @@ def normalised_accuracy(accuracy: Float[Array, "... T"], single: Float[Array, ".
     return (accuracy / single).mean(-1)
 
 
-def addition_alpha(accuracy: Float[Array, "A T"], single: Float[Array, " T"], alphas: Sequence[float] | ArrayLike = ALPHAS) -> Choice:
+def addition_alpha(
+    accuracy: Float[Array, "A T"], single: Float[Array, " T"], alphas: Sequence[float] | ArrayLike = ALPHAS
+) -> Choice:
     """The shared alpha with the largest normalised accuracy on validation data; ties go to the first.
 
     Args:

@@ -19,7 +19,7 @@ import optax
 from mechlab.analysis.metrics import accuracy, correct, cross_entropy
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
-from mechlab.data.families import CLASSES, blurred_digits, family_images
+from mechlab.data.families import CLASSES, FAMILIES, LabelledImages, blurred_digits, family_images
 from mechlab.data.images import load_images
 from mechlab.data.sources import MNIST_TEST, available
 from mechlab.methods.adaptation import tangent_arithmetic as ta
@@ -80,10 +80,10 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
     """Make or load the images of every task and of the control, and the network."""
     parts = [task_images(stream(key, "images"), name, config, log) for name in (*config.tasks, config.control)]
     data = {
-        part: {what: jnp.stack([task[i][what] for task in parts]) for what in ("x", "y")}
+        part: {what: jnp.asarray(np.stack([task[i][what] for task in parts])) for what in ("x", "y")}
         for i, part in enumerate(PARTS)
     }
-    size = data["train"]["x"].shape[-2:]
+    size = (int(data["train"]["x"].shape[-2]), int(data["train"]["x"].shape[-1]))
     if config.network == "vit":
         shape = ViTConfig(
             image=size,
@@ -103,26 +103,33 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
     return Lab(config, log, keys, model, head, data)
 
 
-def task_images(key: jax.Array, name: str, config: Config, log: Log) -> list[dict[str, jax.Array]]:
+def task_images(key: jax.Array, name: str, config: Config, log: Log) -> list[dict[str, np.ndarray]]:
     """One task's images to train on, to choose multiples on, and to test on; real sets by their fixed split."""
     counts = (config.train, config.validation, config.test)
-    if name == "digits":
-        first, last = blurred_digits(stream(key, name), size=config.size)
-    elif name == "mnist" or name in HALVES:
-        images = load_images("mnist" if name == "mnist" else "digits")
-        log.say(f"{name}: {images.note}")
-        first, last = (images.train_x, images.train_y), (images.test_x, images.test_y)
-        if name in HALVES:
-            first, last = ((x[kept], y[kept]) for x, y in (first, last) for kept in [y // 5 == HALVES[name] // 5])
-    else:
-        x, y = family_images(stream(key, name), name, sum(counts), size=config.size)
-        first, last = (x[: -counts[2]], y[: -counts[2]]), (x[-counts[2] :], y[-counts[2] :])
-    if len(first[1]) < counts[0] + counts[1] or len(last[1]) < counts[2]:
-        have = len(first[1]), len(last[1])
+    known, unseen = _images(key, name, config, log)
+    if len(known.y) < counts[0] + counts[1] or len(unseen.y) < counts[2]:
+        have = len(known.y), len(unseen.y)
         raise ValueError(f"{name} has {have[0]} + {have[1]} images; train + validation, test ask for {counts}")
-    x, y = (jnp.concatenate([a[: counts[0] + counts[1]], b[: counts[2]]]) for a, b in zip(first, last, strict=True))
+    known, unseen = jax.device_get((known, unseen))  # NumPy: slicing on the host compiles nothing
+    x, y = (np.concatenate([a[: counts[0] + counts[1]], b[: counts[2]]]) for a, b in zip(known, unseen, strict=True))
     edges = np.cumsum(counts)[:2]
-    return [{"x": a, "y": b} for a, b in zip(jnp.split(x, edges), jnp.split(y, edges), strict=True)]
+    return [{"x": a, "y": b} for a, b in zip(np.split(x, edges), np.split(y, edges), strict=True)]
+
+
+def _images(key: jax.Array, name: str, config: Config, log: Log) -> tuple[LabelledImages, LabelledImages]:
+    """Images to train and to choose on, and images to test on."""
+    if name == "digits":
+        return blurred_digits(stream(key, name), size=config.size)
+    if name in FAMILIES:
+        edge = config.train + config.validation
+        x, y = jax.device_get(family_images(stream(key, name), name, edge + config.test, size=config.size))
+        return LabelledImages(x[:edge], y[:edge]), LabelledImages(x[edge:], y[edge:])
+    images = load_images("mnist" if name == "mnist" else "digits")
+    log.say(f"{name}: {images.note}")
+    parts: list[Any] = [(images.train_x, images.train_y), (images.test_x, images.test_y)]
+    if name in HALVES:
+        parts = [(x[y // 5 == HALVES[name] // 5], y[y // 5 == HALVES[name] // 5]) for x, y in parts]
+    return LabelledImages(*parts[0]), LabelledImages(*parts[1])
 
 
 def has_mnist() -> bool:
@@ -160,7 +167,7 @@ def pretrain(lab: Lab, label: str = "") -> Start:
         known = accuracy(all_logits(params, lab.data["validation"]["x"]), lab.data["validation"]["y"])
         return {"params": params, "accuracy": known.mean()}
 
-    start = jax.vmap(lambda k: initial(stream(k, "network")))(lab.keys)
+    start = jax.jit(jax.vmap(lambda k: initial(stream(k, "network"))))(lab.keys)
     keys = jax.vmap(lambda k: stream(k, "pretrain"))(lab.keys)
     segment = max(1, config.pretrain_steps // 40)
     seen = fit_many(

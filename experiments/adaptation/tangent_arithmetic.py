@@ -82,7 +82,7 @@ class Config:
       ntk_points, ntk_pairs: items per task in the tangent kernel of a pair; how many pairs. 0 leaves kernels out.
     """
 
-    tasks: tuple[str, ...] = ("mnist", "gratings", "blobs", "glyphs")
+    tasks: tuple[str, ...] = ("mnist", "gratings", "rings", "glyphs")
     control: str = "gaps"
     size: int = 28
     network: Literal["mlp", "vit"] = "mlp"
@@ -143,7 +143,7 @@ PRESETS: dict[str, Config] = {
     ),
     "cpu": Config(),
     "accel": Config(
-        tasks=("mnist", "gratings", "blobs", "glyphs", "stars", "rings", "checkers", "digits"),
+        tasks=("mnist", "gratings", "rings", "glyphs", "stars", "blobs", "checkers", "digits"),
         network="vit",
         width=64,
         depth=4,
@@ -178,12 +178,11 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
 
     runs = [("pretrained", rate) for rate in config.rates] + [("random", config.rates[0])]
     vectors = tune(lab, start, runs)
-    for kind, rate in reversed(runs):  # the first rate last: its numbers are also those that claims look at
-        where = "random" if kind == "random" else f"rates/{rate:g}"
-        curves, own = addition(lab, start, kind, vectors[kind, rate], where, metrics)
-    main = vectors[runs[0]]
-    metrics |= {name.replace(where, "addition"): m for name, m in metrics.items() if name.startswith(where)}
-    seen["addition"] = curves
+    names = {run: "random" if run[0] == "random" else f"rates/{run[1]:g}" for run in runs}
+    added = {run: addition(lab, start, run[0], vectors[run], names[run], metrics) for run in runs}
+    first = runs[0]  # what claims are judged on
+    metrics |= {k.replace(names[first], "addition"): m for k, m in metrics.items() if k.startswith(names[first] + "/")}
+    main, (seen["addition"], own) = vectors[first], added[first]
     negation(lab, start, main, metrics)
     single_tasks(lab, own, metrics, seen)
     errors(lab, start, "pretrained", main, "xi", metrics, seen)
@@ -219,10 +218,13 @@ def addition(
         tau = vectors[way]
         summed = along(lab, base, start.heads, total(tau), tasks, linear=linear)
         own[mode] = along(lab, base, start.heads, tau, tasks, linear=linear)
-        single = {part: accuracies[..., -1] for part, accuracies in own[mode].items()}
-        choice = jax.vmap(ta.addition_alpha)(summed["validation"].swapaxes(1, 2), single["validation"])
+        single = {part: jnp.asarray(accuracies[..., -1]) for part, accuracies in own[mode].items()}
+        by_alpha = jnp.asarray(summed["validation"]).swapaxes(1, 2)
+        choice = jax.vmap(ta.addition_alpha)(by_alpha, single["validation"])
         chosen = np.take_along_axis(summed["test"], np.asarray(choice.place)[:, None, None], 2)[..., 0]
-        metrics[f"{prefix}/{mode}/normalised"] = per_seed(100 * ta.normalised_accuracy(chosen, single["test"]), "%")
+        metrics[f"{prefix}/{mode}/normalised"] = per_seed(
+            100 * ta.normalised_accuracy(jnp.asarray(chosen), single["test"]), "%"
+        )
         metrics[f"{prefix}/{mode}/absolute"] = per_seed(100 * chosen.mean(1), "%")
         metrics[f"{prefix}/{mode}/single"] = per_seed(100 * single["test"].mean(1), "%")
         metrics[f"{prefix}/{mode}/alpha"] = per_seed(choice.alpha, "")

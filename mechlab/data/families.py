@@ -7,6 +7,7 @@ a class place, size, phase and contrast vary a little, so that a class is a set 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -59,17 +60,7 @@ def family_images(key: jax.Array, name: str, count: int, *, size: int = 28) -> L
         raise ValueError(f'name: unknown family "{name}".{did_you_mean(name, FAMILIES)} Known: {", ".join(FAMILIES)}.')
     if count < 1 or size < 8:
         raise ValueError(f"wanted at least 1 image of at least 8 x 8 pixels, got {count} of {size} x {size}.")
-    down, right = jnp.meshgrid(*[(2 * jnp.arange(size) + 1) / size - 1] * 2, indexing="ij")
-    y = jax.random.randint(stream(key, "labels"), (count,), 0, CLASSES, jnp.int32)
-
-    def one(key: jax.Array, label: jax.Array) -> jax.Array:
-        image = FAMILIES[name](stream(key, "shape"), label, right, down)
-        contrast = _uniform(stream(key, "contrast"), 0.7, 1.0)
-        noisy = contrast * image + NOISE * jax.random.normal(stream(key, "noise"), image.shape)
-        return jnp.clip(noisy, 0, 1).astype(jnp.float32)
-
-    keys = jax.vmap(lambda i: stream(key, "images", i))(jnp.arange(count))
-    return LabelledImages(jax.jit(jax.vmap(one))(keys, y), y)
+    return _drawn(key, name, count, size)
 
 
 def blurred_digits(key: jax.Array, *, size: int = 28) -> tuple[LabelledImages, LabelledImages]:
@@ -95,6 +86,21 @@ def blurred_digits(key: jax.Array, *, size: int = 28) -> tuple[LabelledImages, L
         LabelledImages(enlarged("train", digits.train_x), jnp.asarray(digits.train_y)),
         LabelledImages(enlarged("test", digits.test_x), jnp.asarray(digits.test_y)),
     )
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _drawn(key: jax.Array, name: str, count: int, size: int) -> LabelledImages:
+    down, right = jnp.meshgrid(*[(2 * jnp.arange(size) + 1) / size - 1] * 2, indexing="ij")
+    y = jax.random.randint(stream(key, "labels"), (count,), 0, CLASSES, jnp.int32)
+
+    def one(key: jax.Array, label: jax.Array) -> jax.Array:
+        image = FAMILIES[name](stream(key, "shape"), label, right, down)
+        contrast = _uniform(stream(key, "contrast"), 0.7, 1.0)
+        noisy = contrast * image + NOISE * jax.random.normal(stream(key, "noise"), image.shape)
+        return jnp.clip(noisy, 0, 1).astype(jnp.float32)
+
+    keys = jax.vmap(lambda i: stream(key, "images", i))(jnp.arange(count))
+    return LabelledImages(jax.vmap(one)(keys, y), y)
 
 
 def _gratings(key: jax.Array, label: jax.Array, right: jax.Array, down: jax.Array) -> jax.Array:

@@ -135,12 +135,13 @@ def energies(seen: Mapping[str, Mapping[str, Any]]) -> Figure:
         for colour, task, energy in zip(PALETTE, one["names"], one["energies"], strict=False):
             # Within a task the order of items means nothing: sorted, the two groups are easy to compare.
             values = np.concatenate([np.sort(energy[:n])[::-1], np.sort(energy[n:])[::-1]])
-            axes.plot(values, ".", color=colour, markersize=5, label=f"eigenvectors of {task}")
+            axes.plot(values, "o", color=colour, markersize=3, label=f"eigenvectors of {task}")
         axes.axvline(n - 0.5, color="black", linewidth=1)
         axes.set_title(f"{KINDS[kind]} trunk", loc="left")
         axes.set_xlabel(f"items of {one['names'][0]}, then of {one['names'][1]}")
         axes.set_ylim(0, 1.02)
     panels[0].set_ylabel("local energy of an item")
-    panels[-1].legend(loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, markerscale=2.5)
     note(figure, "one pair of tasks, seed 0; items sorted within their task")
     return figure

@@ -270,17 +270,18 @@ def single_tasks(lab: Lab, curves: dict[str, dict[str, np.ndarray]], metrics: Me
 def errors(
     lab: Lab, start: Start, kind: str, vectors: dict[str, Any], prefix: str, metrics: Metrics, seen: dict[str, Any]
 ) -> None:
-    """Disentanglement errors of all pairs; their mean over [-1, 1]² without the axes."""
+    """Disentanglement errors of all pairs; their mean over [-1, 1]² without the axes, and over its adding quarter."""
     for mode, (way, linear) in MODES.items():
         maps = pair_errors(lab, start.trunks[kind], start.heads, vectors[way], linear=linear)
         metrics[f"{prefix}/{mode}"] = per_seed(inner(lab, maps), "of 2")
+        metrics[f"{prefix}/{mode}/adding"] = per_seed(inner(lab, maps, lowest=0.0), "of 2")
         seen.setdefault(prefix, {})[mode] = maps.mean((0, 1))
 
 
-def inner(lab: Lab, maps: np.ndarray) -> np.ndarray:
-    """Mean of xi over multiples in [-1, 1] that are not 0, and over pairs: (S, pairs, A, A) -> (S,)."""
+def inner(lab: Lab, maps: np.ndarray, *, lowest: float = -1.0) -> np.ndarray:
+    """Mean of xi over multiples in [lowest, 1] that are not 0, and over pairs: (S, pairs, A, A) -> (S,)."""
     grid = xi_grid(lab.config)
-    kept = (np.abs(grid) <= 1 + 1e-6) & (grid != 0)
+    kept = (grid >= lowest - 1e-6) & (grid <= 1 + 1e-6) & (grid != 0)
     return maps[:, :, kept][..., kept].mean((1, 2, 3))
 
 
@@ -298,6 +299,7 @@ def matched_errors(
         factor = np.asarray(ta.ALPHAS)[(curve >= common[..., None]).argmax(-1)]
         maps = pair_errors(lab, base, start.heads, scaled(vectors[mode], factor), linear=mode == "linear")
         metrics[f"xi_matched/{mode}"] = per_seed(inner(lab, maps), "of 2")
+        metrics[f"xi_matched/{mode}/adding"] = per_seed(inner(lab, maps, lowest=0.0), "of 2")
         metrics[f"xi_matched/{mode}/factor"] = per_seed(factor.mean(1), "")
 
 

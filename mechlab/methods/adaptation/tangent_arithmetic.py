@@ -21,13 +21,11 @@ Three ways to edit, by what is fine-tuned and what is evaluated. ``linearize`` m
 
 Heads are frozen: they are no part of theta. With an affine head, linearising trunk and head together with respect to
 the trunk alone is the same function as the head after the linearised trunk. Theta_0 is constant, normalisation
-statistics are those of theta_0.
-
-Which eigenfunctions of the tangent kernel carry a task is ``analysis/tangent.py``.
+statistics are those of theta_0. Which eigenvectors of the tangent kernel carry a task is in ``analysis/tangent.py``.
 
 As released: weight decay in linear training pulls theta, not theta - theta_0. Differs from the release: vectors that do
-not fit are refused, not dropped; the control floor of negation is an argument (the released script reads one that its
-parser does not define), and without a feasible alpha the answer is 0 with a flag, not None.
+not fit are refused, not dropped; the control floor of negation is an argument, and without a feasible alpha the answer
+is 0 with a flag, not None.
 """
 
 from __future__ import annotations
@@ -117,11 +115,11 @@ def tangent(
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
     """f(x; theta_0) and < grad f(x; theta_0), d >: all there is to know of f_lin along one direction.
 
-    f_lin is affine, so the edited outputs of any multiples are ``f0 + alpha_1 df_1 + alpha_2 df_2 ...``: a grid of
-    multiples costs one Jacobian-vector product a vector, about two forwards, instead of one a cell.
+    f_lin is affine, so edited outputs are ``f0 + alpha_1 df_1 + alpha_2 df_2 ...``: a grid of multiples costs one
+    Jacobian-vector product a vector, about two forwards.
 
     Args:
-      apply: pure; every state (normalisation statistics) constant.
+      apply: pure.
       base: theta_0.
       direction: like ``base``, e.g. a task vector. Leaves may be wider than those of ``base`` (a float32 change of
         bfloat16 parameters); they are cast here.
@@ -134,22 +132,18 @@ def tangent(
       ValueError: ``apply`` also returns new state, or the parameters hold a random key: such a model is in training
         mode (batch statistics, dropout), and has no linearisation at theta_0.
     """
-    names = [path for path, leaf in select.get(base, "**").items() if _floating(leaf)]
     _require_evaluation(apply, base, x)
-    leaves, steps = select.get(base, "**"), select.get(direction, "**")
-    moving = {path: leaves[path] for path in names}
-    return jax.jvp(
-        lambda chosen: apply(select.put(base, chosen), x),
-        (moving,),
-        ({path: jnp.asarray(steps[path], moving[path].dtype) for path in names},),
-    )
+    moving = {path: leaf for path, leaf in select.get(base, "**").items() if _floating(leaf)}
+    steps = select.get(direction, "**")
+    along = {path: jnp.asarray(steps[path], leaf.dtype) for path, leaf in moving.items()}
+    return jax.jvp(lambda chosen: apply(select.put(base, chosen), x), (moving,), (along,))
 
 
 def linearize(apply: Apply, base: Params) -> Apply:
     """f_lin(x; theta) = f(x; theta_0) + < grad f(x; theta_0), theta - theta_0 >, as a model like any other.
 
-    Affine in theta and equal to f at theta_0. Training it differentiates through the product (forward over reverse):
-    two to three times the cost of training f. Survives jit, vmap and grad.
+    Affine in theta, equal to f at theta_0. Training it differentiates through the product: two to three times the cost
+    of training f. Survives jit, vmap and grad.
 
     Args:
       apply: f, pure.
@@ -190,7 +184,7 @@ def disentanglement_error(
     inputs: tuple[Float[Array, "N1 ..."], Float[Array, "N2 ..."]],
     alphas: tuple[Sequence[float] | ArrayLike, Sequence[float] | ArrayLike],
 ) -> Float[Array, "A1 A2"]:
-    """xi(a_1, a_2) of a pair of tasks, for any f. The grid is a ``lax.map``: memory is that of one cell.
+    """xi(a_1, a_2) of a pair of tasks, for any f. The grid is a ``lax.map``, in the memory of one cell.
 
     Args:
       applies: f with the head of task 1, and of task 2.
@@ -200,15 +194,13 @@ def disentanglement_error(
       alphas: (A1,) and (A2,) multiples; each grid contains 0.
 
     Returns:
-      (A1, A2) in [0, 2], a_1 along the rows; 0 at the origin. On an axis one task's edit is 0, and what is left is
+      (A1, A2) in [0, 2], a_1 along the rows; 0 at the origin. On an axis, where one task's edit is 0, what is left is
       how far the other's edit disturbs it: at most 1.
 
     Raises:
       ValueError: a grid that is empty or without 0, or vectors as in ``apply_task_vectors``.
     """
-    zeros = tuple(_zero_of(f"alphas[{i}]", grid) for i, grid in enumerate(alphas))
-    for i, vector in enumerate(vectors):
-        _require_alike(base, vector, f"task vector {i}")
+    zeros = _checked_pair(base, vectors, alphas)
 
     def cell(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
         edited = apply_task_vectors(base, vectors, pair)
@@ -231,9 +223,7 @@ def linear_disentanglement_error(
 
     The same numbers as ``disentanglement_error`` of ``linearize(apply, base)``, up to ties of the argmax in rounding.
     """
-    zeros = tuple(_zero_of(f"alphas[{i}]", grid) for i, grid in enumerate(alphas))
-    for i, vector in enumerate(vectors):
-        _require_alike(base, vector, f"task vector {i}")
+    zeros = _checked_pair(base, vectors, alphas)
     a1, a2 = (jnp.asarray(a, jnp.result_type(float)) for a in alphas)
 
     def classes(apply: Apply, x: jax.Array) -> jax.Array:
@@ -264,8 +254,7 @@ def normalised_accuracy(accuracy: Float[Array, "... T"], single: Float[Array, ".
 
     Args:
       accuracy: of the edited model by task.
-      single: of the task's own model, at alpha = 1 and in the *same mode*: a post-hoc edit is divided by post-hoc
-        single tasks. Mixed references turn the ranking round.
+      single: of the task's own model, at alpha = 1 and in the *same mode*; mixed references turn the ranking round.
     """
     return (accuracy / single).mean(-1)
 
@@ -305,7 +294,7 @@ def negation_alpha(
       floor: share of control accuracy to keep, in (0, 1].
 
     Returns:
-      The choice; ties go to the first. Where no multiple meets the floor, alpha = 0 and ``feasible`` is false.
+      The choice; ties go to the first. If no multiple meets the floor, alpha = 0 and ``feasible`` is false.
 
     Raises:
       ValueError: ``floor`` out of range, a grid without 0, or another number of accuracies.
@@ -333,10 +322,8 @@ def fine_tuning_optimiser(
 
     Args:
       rate: peak learning rate (the paper: 1e-5 for CLIP); may be traced, so that it can be a lane.
-      steps: length of training; about 2,000 in the paper.
-      warmup: steps of warm-up, fewer than ``steps``.
-      weight_decay: pulls theta itself, in linear mode too.
-      clip: largest global norm of the gradient.
+      steps, warmup: length of training (about 2,000 in the paper) and of its warm-up, 0 <= warmup < steps.
+      weight_decay, clip: pull on theta itself, in linear mode too; largest global norm of the gradient.
 
     Raises:
       ValueError: ``warmup`` not in [0, steps).
@@ -344,10 +331,8 @@ def fine_tuning_optimiser(
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup must be at least 0 and below the {steps} steps, got {warmup}.")
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, warmup, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(lambda step: rate * shape(step), weight_decay=weight_decay),
-    )
+    adamw = optax.adamw(lambda step: rate * shape(step), weight_decay=weight_decay)
+    return optax.chain(optax.clip_by_global_norm(clip), adamw)
 
 
 def relative_norm(vector: Params, base: Params) -> Float[Array, ""]:
@@ -356,7 +341,13 @@ def relative_norm(vector: Params, base: Params) -> Float[Array, ""]:
     return norms[0] / norms[1]
 
 
-def _disagreement(first: jax.Array, second: jax.Array, zeros: tuple[int, ...]) -> jax.Array:
+def _checked_pair(base: Params, vectors: Sequence[Params], alphas: Sequence[Any]) -> tuple[int, int]:
+    for i, vector in enumerate(vectors):
+        _require_alike(base, vector, f"task vector {i}")
+    return _zero_of("alphas[0]", alphas[0]), _zero_of("alphas[1]", alphas[1])
+
+
+def _disagreement(first: jax.Array, second: jax.Array, zeros: tuple[int, int]) -> jax.Array:
     # The model with one task's edit alone is the cell of the grid where the other multiple is 0.
     return (first != first[:, zeros[1], None]).mean(-1) + (second != second[zeros[0]]).mean(-1)
 
@@ -405,7 +396,5 @@ def _require_evaluation(apply: Apply, base: Params, x: jax.Array) -> None:
     output = jax.eval_shape(apply, base, x)
     if not isinstance(output, jax.ShapeDtypeStruct):
         kinds = jax.tree.structure(output)
-        raise ValueError(
-            f"linearize: wanted one array of outputs, got {kinds}. A model that returns new state (batch statistics) "
-            "is in training mode: run it in evaluation mode, its state constant."
-        )
+        why = "a model that returns new state (batch statistics) is in training mode: run it in evaluation mode"
+        raise ValueError(f"linearize: wanted one array of outputs, got {kinds}; {why}.")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.adaptation import _tangent_arithmetic_lab as lab_module
-from experiments.adaptation.tangent_arithmetic import CLAIMS, PRESETS, Config, inner, run
+from experiments.adaptation.tangent_arithmetic import CLAIMS, PRESETS, Config, inner, over_width, run
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, judge_claims
 
@@ -60,28 +60,25 @@ def test_tasks_do_not_share_images_and_seeds_do_not_share_networks():
     assert "layer_2" not in start.trunks["random"]
 
 
-def test_a_vision_transformer_and_other_widths_run():
-    tiny = dataclasses.replace(
-        SMOKE,
-        tasks=("gratings", "digits"),
-        control="gaps",
-        network="vit",
-        width=8,
-        depth=1,
-        widths=(4,),
-        train=64,
-        validation=20,
-        test=20,
-        pretrain_steps=4,
-        steps=4,
-        batch=16,
-        rates=(1e-3, 1e-2),
-        xi_points=3,
-        xi_images=10,
-        ntk_points=4,
-    )
-    metrics = run(jax.random.key(1), tiny, Log()).metrics
-    assert {"width/4/linear/normalised", "width/4/xi/linear", "rates/0.01/crossed/absolute"} <= set(metrics)
+TINY = dataclasses.replace(SMOKE, train=64, validation=20, test=20, pretrain_steps=2, steps=2, batch=16, xi_points=3)
+
+
+def test_a_vision_transformer_is_pre_trained_and_linearised_below_its_head():
+    config = dataclasses.replace(TINY, tasks=("gratings", "digits"), control="gaps", network="vit", width=8, depth=1)
+    lab = lab_module.prepare(jax.random.key(1), config, Log())
+    start = lab_module.pretrain(lab)
+    assert start.heads["kernel"].shape == (1, 3, 8, 10) and "head" not in start.trunks["pretrained"]
+    run = ("pretrained", 1e-2)
+    vectors = lab_module.fine_tune(lab, start, [run], "vit", linear=True)[run]
+    assert vectors["embed"]["patch"]["kernel"].shape == (1, 2, 2, 2, 1, 8)
+    assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(vectors["blocks"]["mlp"]))
+
+
+def test_another_width_is_measured():
+    lab = lab_module.prepare(jax.random.key(1), TINY, Log())
+    metrics: dict[str, Metric] = {}
+    over_width(jax.random.key(1), lab, 4, metrics)
+    assert {"width/4/pretrain", "width/4/linear/normalised", "width/4/xi/posthoc"} <= set(metrics)
 
 
 def test_the_mean_error_leaves_the_axes_and_the_outside_out():
@@ -91,6 +88,7 @@ def test_the_mean_error_leaves_the_axes_and_the_outside_out():
     maps = np.full((1, 1, 7, 7), 9.0)
     maps[0, 0, [2, 2, 4, 4], [2, 4, 2, 4]] = [1, 2, 3, 4]
     np.testing.assert_allclose(inner(lab, maps), [2.5])
+    np.testing.assert_allclose(inner(lab, maps, lowest=0.0), [4])
 
 
 def numbers(good: bool) -> dict[str, Metric]:

@@ -20,6 +20,8 @@ NAMES = {
     "linear": "linear",
     "crossed": "linear τ in f",
 }
+MODES = ("standard", "posthoc", "linear")
+"""The paper's. Linear vectors in f spoil its single tasks, so that their normalised accuracy says little."""
 KINDS = {"pretrained": "pre-trained", "random": "random"}
 Metrics = Mapping[str, Metric]
 
@@ -27,9 +29,7 @@ Metrics = Mapping[str, Metric]
 def all_figures(metrics: Metrics, seen: Mapping[str, Any]) -> dict[str, Figure]:
     """Every figure for which there are numbers, by file name."""
     figures = {
-        "disentanglement": error_maps(
-            {NAMES[mode]: seen["xi"][mode] for mode in ("standard", "posthoc", "linear")}, seen["grid"]
-        ),
+        "disentanglement": error_maps({NAMES[mode]: seen["xi"][mode] for mode in MODES}, seen["grid"]),
         "disentanglement_pretraining": error_maps(
             {
                 f"{NAMES[mode]}, {KINDS[kind]}": seen[prefix][mode]
@@ -54,7 +54,7 @@ def all_figures(metrics: Metrics, seen: Mapping[str, Any]) -> dict[str, Figure]:
             rates,
             {
                 NAMES[mode]: np.transpose([metrics[f"rates/{rate:g}/{mode}/normalised"].per_seed for rate in rates])
-                for mode in NAMES
+                for mode in MODES
             },
             xlabel="AdamW's peak learning rate",
             ylabel="normalised accuracy after adding (%)",
@@ -90,7 +90,7 @@ def single_scatter(single: Mapping[str, np.ndarray], tasks: tuple[str, ...]) -> 
     """Every task's own model: fine-tuned as f, across; fine-tuned as f_lin, or only evaluated as f_lin, up."""
     figure, axes = canvas(title="")
     label_axes(axes, xlabel="f fine-tuned (%)", ylabel="f_lin evaluated (%)")
-    low = min(float(single[mode].min()) for mode in ("standard", "posthoc", "linear"))
+    low = min(float(single[mode].min()) for mode in MODES)
     axes.plot((low, 100), (low, 100), color="#888888", linewidth=1.2, linestyle="--")
     for i, task in enumerate(tasks):
         marker = MARKERS[i % len(MARKERS)]
@@ -109,7 +109,7 @@ def single_scatter(single: Mapping[str, np.ndarray], tasks: tuple[str, ...]) -> 
 
 def addition_bars(metrics: Metrics) -> Figure:
     """The addition table: normalised accuracy of every mode, and standard from a random trunk."""
-    arms = {NAMES[mode]: metrics[f"addition/{mode}/normalised"].per_seed or () for mode in NAMES}
+    arms = {NAMES[mode]: metrics[f"addition/{mode}/normalised"].per_seed or () for mode in MODES}
     for mode in ("standard", "linear"):
         arms[f"{NAMES[mode]}, random trunk"] = metrics[f"random/{mode}/normalised"].per_seed or ()
     return arm_bars(arms, ylabel="normalised accuracy after adding all tasks (%)")

@@ -146,11 +146,6 @@ def pretrain(lab: Lab, label: str = "") -> Start:
     config = lab.config
     tasks = len(config.tasks) + 1
 
-    def initial(key: jax.Array) -> Any:
-        params = jax.vmap(lambda i: lab.model.init(stream(key, "init", i)))(jnp.arange(tasks))
-        trunk = {name: jax.tree.map(lambda leaf: leaf[0], leaves) for name, leaves in params.items()}
-        return {"heads": params[lab.head], "trunk": {k: v for k, v in trunk.items() if k != lab.head}}
-
     def all_logits(params: Any, x: jax.Array) -> jax.Array:
         return jax.vmap(lab.logits, (None, 0, 0))(params["trunk"], params["heads"], x)
 
@@ -167,7 +162,13 @@ def pretrain(lab: Lab, label: str = "") -> Start:
         known = accuracy(all_logits(params, lab.data["validation"]["x"]), lab.data["validation"]["y"])
         return {"params": params, "accuracy": known.mean()}
 
-    start = jax.jit(jax.vmap(lambda k: initial(stream(k, "network"))))(lab.keys)
+    # One network a head, of which the first lends its trunk.
+    each = jax.vmap(lambda k: jax.vmap(lambda i: stream(k, "network", "init", i))(jnp.arange(tasks)))(lab.keys)
+    networks = jax.vmap(lab.model.init)(each.reshape(-1))
+    networks = jax.tree.map(lambda leaf: leaf.reshape(config.seeds, tasks, *leaf.shape[1:]), networks)
+    trunks = {name: jax.tree.map(lambda leaf: leaf[:, 0], leaves) for name, leaves in networks.items()}
+    heads = networks[lab.head]
+    start = {"heads": heads, "trunk": {name: leaves for name, leaves in trunks.items() if name != lab.head}}
     keys = jax.vmap(lambda k: stream(k, "pretrain"))(lab.keys)
     segment = max(1, config.pretrain_steps // 40)
     seen = fit_many(
@@ -186,8 +187,8 @@ def pretrain(lab: Lab, label: str = "") -> Start:
         lab.log.say(f"pre-training did not reach {100 * config.pretrain_target:.0f} % in {config.pretrain_steps} steps")
     rows = np.arange(config.seeds)
     chosen = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows, stop]), seen["params"])
-    trunks = {"pretrained": chosen["trunk"], "random": start["trunk"]}
-    return Start(trunks, chosen["heads"], seen["accuracy"][rows, stop])
+    both = {"pretrained": chosen["trunk"], "random": start["trunk"]}
+    return Start(both, chosen["heads"], seen["accuracy"][rows, stop])
 
 
 def fine_tune(

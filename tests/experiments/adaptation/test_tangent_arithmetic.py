@@ -125,7 +125,7 @@ def test_bad_configurations_are_refused():
     for bad, message in (
         ({"tasks": ("mnist", "grating")}, r'unknown "grating".*"gratings"'),
         ({"tasks": ("mnist",)}, "at least two"),
-        ({"control": "blobs"}, "control must be"),
+        ({"control": "rings"}, "control must be"),
         ({"xi_points": 4}, "must be odd"),
         ({"rates": ()}, "rates must be positive"),
         ({"seeds": 0}, "at least 1"),

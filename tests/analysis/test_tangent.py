@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from mechlab.analysis.tangent import empirical_ntk, kernel_alignment
+from mechlab.analysis.tangent import (
+    eigenvector_localisation,
+    empirical_ntk,
+    kernel_alignment,
+    kernel_flow,
+    local_energy,
+)
 from mechlab.core.rng import stream
 
 
@@ -144,7 +150,7 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="x: wanted items"):
         empirical_ntk(tanh_network, params, jnp.ones((0, 3)))
     with pytest.raises(ValueError, match="outputs of 3 items"):
-        empirical_ntk(lambda p, x: x.sum(0), params, x)
+        empirical_ntk(lambda p, x: x.sum(0)[:2], params, x)
     with pytest.raises(ValueError, match="two square kernels"):
         kernel_alignment(jnp.ones((2, 3)), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="two square kernels"):
@@ -152,3 +158,65 @@ def test_bad_input_is_refused_by_name():
     with pytest.raises(ValueError, match="zero kernel"):
         kernel_alignment(jnp.eye(2), jnp.zeros((2, 2)))
     assert bool(jnp.isnan(jax.jit(kernel_alignment)(jnp.eye(2), jnp.zeros((2, 2)))))
+
+
+def test_eigenvectors_and_their_energy_equal_the_vectors(vectors):
+    v = vectors("tangent_arithmetic")
+    with jax.enable_x64(True):
+        # The stored groups have 20 and 15 items: localisation wants equal ones, the energies are those of any split.
+        values, vecs = jnp.linalg.eigh(jnp.asarray(v["ntk"]))
+        np.testing.assert_allclose(values[::-1], v["eigvals"], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(jnp.square(vecs[:20, ::-1]).sum(0), v["eigvecs_sq_task1_energy"], atol=1e-7)
+        rows = np.r_[0:15, 20:35]
+        found = eigenvector_localisation(jnp.asarray(v["ntk"][np.ix_(rows, rows)]), 15)
+        own = np.linalg.eigh(v["ntk"][np.ix_(rows, rows)])
+        np.testing.assert_allclose(found.eigenvalues, own[0][::-1], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found.energy, np.square(own[1][:15, ::-1]).sum(0), atol=1e-7)
+        np.testing.assert_allclose(found.energy.sum(), 15, atol=1e-9)  # Σ_ρ V_iρ² = 1 for each item
+
+
+def test_a_block_kernel_is_local_and_a_shared_one_is_not():
+    g = jax.random.normal(jax.random.key(0), (4, 9))
+    block, nothing = g @ g.T, jnp.zeros((4, 4))
+    local = jnp.block([[block, nothing], [nothing, 2 * block]])
+    np.testing.assert_allclose(eigenvector_localisation(local, 4).localisation, 1, atol=1e-5)
+    shared = jnp.block([[block, block], [block, block]]) + 1e-3 * jnp.eye(8)
+    np.testing.assert_allclose(eigenvector_localisation(shared, 4).localisation[:4], 0, atol=1e-4)
+    mask = jnp.arange(8) < 4
+    residual = jax.random.normal(jax.random.key(1), (8, 3))
+    energy = local_energy(local, residual, mask)
+    np.testing.assert_allclose(energy[4:], 0, atol=1e-5)
+    assert float(energy[:4].mean()) > 0.7
+    spread = local_energy(shared, residual, mask, share=1.0)
+    np.testing.assert_allclose(spread, 1, atol=1e-4)
+
+
+def test_local_energy_takes_the_smallest_set_that_carries_the_share():
+    kernel, mask = jnp.diag(jnp.asarray([4.0, 3.0, 2.0, 1.0])), jnp.asarray([True, True, True, False])
+    residual = jnp.sqrt(jnp.asarray([[1.0], [6.0], [3.0], [100.0]]))  # the last item is not of this task
+    np.testing.assert_allclose(local_energy(kernel, residual, mask, share=0.6), [0, 1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(local_energy(kernel, residual, mask, share=0.61), [0, 1, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(local_energy(kernel, residual, mask, share=0.95), [1, 1, 1, 0], atol=1e-6)
+
+
+def test_kernel_flow_starts_at_zero_and_ends_in_kernel_regression():
+    g = jax.random.normal(jax.random.key(0), (5, 7))
+    kernel, cross, residual = g[:3] @ g[:3].T, g[3:] @ g[:3].T, jnp.asarray([1.0, -2.0, 0.5])
+    np.testing.assert_allclose(kernel_flow(kernel, cross, residual, time=0.0), 0, atol=1e-6)
+    np.testing.assert_allclose(kernel_flow(kernel, kernel, residual), residual, rtol=1e-4)
+    regression = cross @ np.linalg.solve(kernel, residual)
+    np.testing.assert_allclose(kernel_flow(kernel, cross, residual), regression, rtol=1e-4)
+    np.testing.assert_allclose(kernel_flow(kernel, cross, residual, time=1e3), regression, rtol=1e-4)
+
+
+def test_wrong_groups_shares_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="two groups of one size, got 1 of 4"):
+        eigenvector_localisation(jnp.eye(4), 1)
+    with pytest.raises(ValueError, match=r"square matrix, got shape \(2, 3\)"):
+        eigenvector_localisation(jnp.ones((2, 3)), 1)
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
+        local_energy(jnp.eye(2), jnp.ones((2, 1)), jnp.ones(2, bool), share=0)
+    with pytest.raises(ValueError, match=r"one number of items, got \(2, 3, 2\)"):
+        local_energy(jnp.eye(2), jnp.ones((3, 1)), jnp.ones(2, bool))
+    with pytest.raises(ValueError, match=r"wanted shapes \(M, M\)"):
+        kernel_flow(jnp.eye(2), jnp.ones((1, 3)), jnp.ones(2))

@@ -41,9 +41,7 @@ def test_principal_components_are_those_of_scikit_learn_at_every_depth():
         np.testing.assert_allclose(found.directions[depth], fix_signs(jnp.asarray(theirs.components_)), atol=1e-3)
         np.testing.assert_allclose(found.variances[depth], theirs.explained_variance_ * 39 / 40, rtol=1e-3)
         signs = np.sign((np.asarray(found.directions[depth]) * theirs.components_).sum(1))
-        np.testing.assert_allclose(
-            project(jnp.asarray(x), found)[depth], theirs.transform(x[depth]) * signs, atol=2e-2
-        )
+        np.testing.assert_allclose(project(jnp.asarray(x), found)[depth], theirs.transform(x[depth]) * signs, atol=2e-2)
 
 
 def test_unit_vectors_and_zero():

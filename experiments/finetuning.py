@@ -114,11 +114,12 @@ def finetune(
     apply: Apply,
     params: Any,
     adapter: Adapter,
-    rows: Rows,
+    rows: Any,
     *,
     steps: int,
     batch: int,
     optimiser: Optimiser | None = None,
+    loss: Callable[[Apply, Any, Any], jax.Array] | None = None,
     segment: int | None = None,
     record: Callable[[Any], Any] | None = None,
     log: Progress | None = None,
@@ -131,9 +132,10 @@ def finetune(
       rates: (lanes,) learning rates.
       apply, params: the base model; ``params`` is not changed, and gets no gradient unless the adapter trains it.
       adapter: what is trained: any ``Adapter``, or ``whole``.
-      rows: training rows.
+      rows: training rows; with a loss of your own any pytree of arrays (N, ...).
       steps, batch: updates, and rows in each.
       optimiser: AdamW with a cosine by default; its own ``update`` sees ``state.train`` as the parameters.
+      loss: ``loss(apply, params, batch)``; ``token_loss`` by default.
       segment, record, log, name: as in ``fit_many``; ``record`` is given ``state.train``.
 
     Returns:
@@ -143,10 +145,10 @@ def finetune(
     starts = jax.jit(jax.vmap(lambda key: adapter.init(stream(key, "init"), params)))(keys)
 
     def build(lane: Any) -> Job:
-        def loss(train: Any, batch: Rows) -> jax.Array:
-            return token_loss(apply, adapter.merge(params, AdapterState(train, lane["fixed"])), batch)
+        def of_state(train: Any, batch: Any) -> jax.Array:
+            return (loss or token_loss)(apply, adapter.merge(params, AdapterState(train, lane["fixed"])), batch)
 
-        return Job(loss, lane["train"], make(lane["rate"]), shuffled(rows, batch))
+        return Job(of_state, lane["train"], make(lane["rate"]), shuffled(rows, batch))
 
     lanes = {"train": starts.train, "fixed": starts.fixed, "rate": jnp.asarray(rates)}
     batches = jax.vmap(lambda key: stream(key, "batches"))(keys)

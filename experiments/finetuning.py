@@ -11,6 +11,7 @@ are lanes of one program::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,9 +161,9 @@ def held_out_loss(
     apply: Apply, params: Any, adapter: Adapter, states: AdapterState, rows: Rows, *, chunk: int = 64
 ) -> np.ndarray:
     """Mean cross-entropy (lanes,) over all tokens to be predicted, nats; ``chunk`` rows per forward of all lanes."""
-    summed = jax.jit(jax.vmap(lambda state, rows: _nats(apply, adapter.merge(params, state), rows), (0, None)))
+    merged = jax.jit(jax.vmap(lambda state: adapter.merge(params, state)))(states)
     parts = [
-        summed(states, jax.tree.map(lambda x, at=at: x[at : at + chunk], rows))
+        _lane_nats(apply, merged, jax.tree.map(lambda x, at=at: x[at : at + chunk], rows))
         for at in range(0, len(rows.tokens), chunk)
     ]
     totals, counts = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in (0, 1))
@@ -203,6 +204,12 @@ def exact_match(
             for lane in written
         ]
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lane_nats(apply: Apply, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """``_nats`` of every lane's parameters; one program for all methods."""
+    return jax.vmap(lambda one: _nats(apply, one, rows))(params)
 
 
 def _nats(apply: Apply, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:

@@ -50,7 +50,8 @@ class Config:
       length: tokens of a row, T.
       prompt: of a GSM8K question, the last so many tokens.
       train_rows, validation_rows, test_rows: rows of each part.
-      bone_rate, lora_rate, full_rate: centres of the grids; LoRA+ gets a quarter of LoRA's, for A.
+      bone_rate, lora_rate, informed_rate, full_rate: centres of the grids, of the block methods, LoRA and DoRA (LoRA+ gets
+        an eighth of it for A), PiSSA, OLoRA and LoRA-GA, and full fine-tuning.
       rate_factors: each arm's learning rate is the best of its centre times these.
       layers, width: of bases that are trained here.
       pretrain_steps, pretrain_batch, pretrain_rate: of their training.
@@ -71,8 +72,9 @@ class Config:
     validation_rows: int = 128
     test_rows: int = 256
     bone_rate: float = 3e-3
-    lora_rate: float = 1e-2
-    full_rate: float = 3e-3
+    lora_rate: float = 2e-2
+    informed_rate: float = 1e-2
+    full_rate: float = 2e-3
     rate_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
     layers: int = 8
     width: int = 320
@@ -92,8 +94,13 @@ class Config:
         sizes = (self.block, self.seeds, self.steps, self.batch, self.train_rows, self.validation_rows, self.test_rows)
         if not self.tasks or min(*sizes, *self.blocks) < 1 or not 0 < self.prompt < self.length:
             raise ValueError("sizes must be at least 1, prompt in 1 .. length - 1, and there must be a task")
-        if not self.rate_factors or min(*self.rate_factors, self.bone_rate, self.lora_rate, self.full_rate) <= 0:
+        if not self.rate_factors or min(*self.rate_factors, *self.rates) <= 0:
             raise ValueError("learning rates and their factors must be positive, and there must be a factor")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The centres of all grids."""
+        return self.bone_rate, self.lora_rate, self.informed_rate, self.full_rate
 
 
 PRESETS: dict[str, Config] = {
@@ -123,8 +130,9 @@ PRESETS: dict[str, Config] = {
         prompt=48,
         train_rows=4800,
         bone_rate=1e-3,
-        lora_rate=1e-3,
-        full_rate=3e-4,
+        lora_rate=5e-3,
+        informed_rate=3e-3,
+        full_rate=5e-4,
     ),
     "paper": Config(
         base="meta-llama/Llama-2-7b-hf",
@@ -140,6 +148,7 @@ PRESETS: dict[str, Config] = {
         test_rows=1319,
         bone_rate=2e-5,
         lora_rate=2e-5,
+        informed_rate=2e-5,
         full_rate=2e-5,
         rate_factors=(1.0,),
     ),

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 Apply = Callable[[Any, jax.Array], jax.Array]
 """``apply(params, tokens (B, T)) -> logits (B, T, V)``."""
 
+Tokens = Sequence[int] | np.ndarray
+"""Token ids of one text."""
+
 Optimiser = Callable[[Any], optax.GradientTransformation]
 """``optimiser(rate)``; the rate may be traced."""
 
@@ -70,7 +73,7 @@ whole = Adapter(lambda key, params: AdapterState(params), lambda params, state: 
 """Full fine-tuning of the parameters themselves: the optimiser is given them, not their change."""
 
 
-def answer_rows(prompts: Sequence[ArrayLike], answers: Sequence[ArrayLike], length: int) -> Rows:
+def answer_rows(prompts: Sequence[Tokens], answers: Sequence[Tokens], length: int) -> Rows:
     """Prompts with their answers, of which only the answers are to be predicted.
 
     Args:

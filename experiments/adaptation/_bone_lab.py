@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments.adaptation._bone_tasks import Task
 from experiments.finetuning import Optimiser, adamw, exact_match, finetune
@@ -174,7 +173,9 @@ def first_looks(keys: jax.Array, task: Task, arms: dict[str, Arm], config: Confi
             merged, back = jax.vjp(
                 lambda train: adapter.merge(task.params, AdapterState(train, state.fixed)), state.train
             )
-            return merged, optax.global_norm(back(of_weights))
+            (gradient,) = back(of_weights)
+            squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient)]
+            return merged, jnp.sqrt(jnp.stack(squares).sum())
 
         merged, norms = jax.jit(jax.vmap(one))(keys)
         difference = jnp.abs(outputs(merged) - base).max(range(1, base.ndim))

@@ -220,7 +220,9 @@ def recurrent(key: jax.Array, base: Base, config: Config, log: Log) -> Task:
 
 
 def _plays(base: Base, config: Config) -> tuple[Rows, Rows, Rows]:
-    train, test = (text_rows(rows_of(base.encode(text), config.length)) for text in load_text("shakespeare"))
+    train, test = (
+        text_rows(rows_of(np.asarray(base.encode(text)), config.length)) for text in load_text("shakespeare")
+    )
     fitted, held_out = _first(train, config.train_rows), _last(train, config.validation_rows)
     return fitted, held_out, _first(test, config.test_rows)
 

@@ -50,8 +50,8 @@ class Config:
       length: tokens of a row, T.
       prompt: of a GSM8K question, the last so many tokens.
       train_rows, validation_rows, test_rows: rows of each part.
-      bone_rate, lora_rate, informed_rate, full_rate: centres of the grids, of the block methods, LoRA and DoRA (LoRA+ gets
-        an eighth of it for A), PiSSA, OLoRA and LoRA-GA, and full fine-tuning.
+      bone_rate, lora_rate, informed_rate, full_rate: centres of the grids of the block methods, of LoRA and DoRA (an
+        eighth of it for LoRA+'s A), of PiSSA, OLoRA and LoRA-GA, and of full fine-tuning.
       rate_factors: each arm's learning rate is the best of its centre times these.
       layers, width: of bases that are trained here.
       pretrain_steps, pretrain_batch, pretrain_rate: of their training.

@@ -58,7 +58,8 @@ def main(folder: Path) -> None:
 
 
 def base(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(DEVICE)
 
 
 def adapted(folder: Path, size: dict[str, Any], name: str) -> Any:

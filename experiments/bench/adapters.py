@@ -107,7 +107,9 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         hub.export(folder / "model", model, params)
-        factors = {f"{path}/{part}": np.asarray(x) for path, ab in many.train.items() for part, x in ab.items()}
+        factors: dict[str, Any] = {
+            f"{path}/{part}": np.asarray(x) for path, ab in many.train.items() for part, x in ab.items()
+        }
         np.savez(folder / "inputs.npz", tokens=np.asarray(tokens), **factors)
         np.savez(folder / "size.npz", block=size.block, batch=size.batch, served=size.served, rate=RATE)
         with running(Path(__file__).with_name("_adapters_peers.py"), PEERS, folder) as peers:

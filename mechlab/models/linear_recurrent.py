@@ -152,7 +152,7 @@ class _TimeMix(nn.Module):
         def split(z: jax.Array) -> jax.Array:
             return z.reshape(*z.shape[:-1], heads, width // heads)
 
-        y = site(self, "hidden", recurrence(*map(split, (r, k, v, w)), u), "B T H K", positions=positions)
+        y = site(self, "hidden", recurrence(split(r), split(k), split(v), split(w), u), "B T H K", positions=positions)
         y = Norm("layer", _EPS, name="norm")(y).reshape(x.shape).astype(x.dtype)
         return Linear((width,), use_bias=False, init_std=None, name="o")(y * jax.nn.silu(g))
 

@@ -69,7 +69,7 @@ def test_problems_are_cut_at_the_right_ends(monkeypatch):
     pairs = [("what is 1+1", "1+1=2\n#### 2"), ("and", "#### 3")] * 4
     monkeypatch.setattr(_bone_tasks, "load_problems", lambda: (pairs, pairs))
     model = transformer(llama(vocabulary=128, layers=1, width=8, heads=2, hidden=8, context=32))
-    params = model.init(jax.random.key(0))
+    params = jax.eval_shape(model.init, jax.random.key(0))
     base = _bone_tasks.Base(model, params, lambda s: list(s.encode()), lambda ids: bytes(ids).decode())
     sizes = {"train_rows": 4, "validation_rows": 2, "test_rows": 2}
     cut = _bone_tasks.gsm8k(base, Config(length=12, prompt=4, **sizes), Log())

@@ -50,6 +50,16 @@ def all_figures(
         figures[f"forms_{task}"] = bars(metrics, f"final/{task}", FORMS, f"final training loss ({unit})")
         figures[f"gradient_{task}"] = bars(metrics, f"gradient/{task}", MAIN, "norm of the first gradient")
         figures[f"start_up_{task}"] = bars(metrics, f"start_up/{task}", MAIN, "time to make the state (ms)")
+        grids = {arm: grid_of(metrics, task, arm) for arm in MAIN}
+        alike = {arm: grid for arm, grid in grids.items() if len(grid) > 1 and grid.keys() == grids["bone_col"].keys()}
+        if len(alike) > 1:
+            figures[f"rates_{task}"] = curve_band(
+                [float(rate) for rate in grids["bone_col"]],
+                {NAMES[arm]: np.asarray([list(grid.values())]) for arm, grid in alike.items()},
+                xlabel="learning rate",
+                ylabel=f"validation loss ({unit})",
+                logx=True,
+            )
         sizes = sorted(int(x.rsplit("_", 1)[1]) for x in metrics if x.startswith(f"final/{task}/bone_col_"))
         if sizes:
             runs = np.stack([metrics[f"final/{task}/bone_col_{size}"].per_seed or () for size in sizes], 1)
@@ -60,12 +70,19 @@ def all_figures(
     return figures
 
 
+def grid_of(metrics: Mapping[str, Metric], task: str, arm: str) -> dict[str, float]:
+    """Validation loss by learning rate, where the rate was chosen."""
+    prefix = f"validation/{task}/{arm}/"
+    found = {name.removeprefix(prefix): x.value for name, x in metrics.items() if name.startswith(prefix)}
+    return dict(sorted(found.items(), key=lambda pair: float(pair[0])))
+
+
 def curves(by_arm: Mapping[str, np.ndarray], unit: str, window: int) -> Figure:
     """The paper's convergence figure."""
     shown = {NAMES[arm]: smoothed(by_arm[arm], window) for arm in MAIN if arm in by_arm}
     steps = window + np.arange(next(iter(shown.values())).shape[1])
-    ylabel = f"training loss ({unit}), mean of {window} steps"
-    return curve_band(steps, shown, xlabel="step", ylabel=ylabel)
+    title = f"running mean over {window} steps"
+    return curve_band(steps, shown, xlabel="step", ylabel=f"training loss ({unit})", title=title)
 
 
 def bars(metrics: Mapping[str, Metric], prefix: str, arms: tuple[str, ...], ylabel: str) -> Figure:

@@ -235,7 +235,7 @@ def compared_with_bone(losses: dict[str, np.ndarray], label: str, unit: str, win
     }
 
     def arrivals(run: np.ndarray) -> np.ndarray:
-        """Steps after which the running mean is at LoRA's final loss; all steps where it never is."""
+        """Steps after which the running mean is at LoRA's final loss; all steps, so about 100 %, where it never is."""
         there = draw.smoothed(run, window) <= final["lora"][:, None] + 1e-9
         return np.where(there.any(1), window + there.argmax(1), run.shape[1])
 

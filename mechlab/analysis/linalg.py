@@ -60,6 +60,41 @@ def truncated_svd(
     return u * jnp.where((fixed == v).all(-1), 1, -1)[..., None, :], s, fixed
 
 
+def randomised_svd(
+    key: jax.Array, matrix: Float[Array, "... N D"], rank: int, *, iterations: int = 4, oversample: int = 0
+) -> tuple[Float[Array, "... N R"], Float[Array, "... R"], Float[Array, "... R D"]]:
+    """``truncated_svd`` by a random projection and power iterations (Halko et al. 2011, arXiv 0909.4061, alg. 4.4).
+
+    The matrix is multiplied 2 (iterations + 1) times by rank + oversample columns; exact up to rounding for a matrix
+    whose rank is no larger, else the nearer the faster the singular values fall.
+
+    Args:
+      key: typed key, for the projection; shared by leading axes.
+      matrix: (..., N, D).
+      rank: R, 1..min(N, D).
+      iterations: q >= 0, each with an orthonormalisation on both sides.
+      oversample: further columns of the projection; at most min(N, D) are taken in all.
+
+    Returns:
+      As ``truncated_svd``.
+
+    Raises:
+      ValueError: a rank out of range, or a negative count.
+    """
+    most = min(np.shape(matrix)[-2:])
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank must be 1..{most} for a matrix of shape {np.shape(matrix)}, got {rank}.")
+    if iterations < 0 or oversample < 0:
+        raise ValueError(f"iterations and oversample cannot be negative, got {iterations} and {oversample}.")
+    columns = min(most, rank + oversample)
+    transposed = jnp.swapaxes(matrix, -1, -2)
+    found = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[-1], columns), matrix.dtype))[0]
+    for _ in range(iterations):
+        found = jnp.linalg.qr(matrix @ jnp.linalg.qr(transposed @ found)[0])[0]
+    u, s, v = truncated_svd(jnp.swapaxes(found, -1, -2) @ matrix, rank)
+    return found @ u, s, v
+
+
 def pca(x: Float[Array, "... N D"], rank: int) -> Components:
     """Principal components of the rows, after their mean is taken off.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from mechlab.analysis.linalg import fix_signs, pca, project, truncated_svd, unit
+from mechlab.analysis.linalg import fix_signs, pca, project, randomised_svd, truncated_svd, unit
 
 RNG = np.random.default_rng(0)
 
@@ -41,10 +42,28 @@ def test_principal_components_are_those_of_scikit_learn_at_every_depth():
         np.testing.assert_allclose(found.directions[depth], fix_signs(jnp.asarray(theirs.components_)), atol=1e-3)
         np.testing.assert_allclose(found.variances[depth], theirs.explained_variance_ * 39 / 40, rtol=1e-3)
         signs = np.sign((np.asarray(found.directions[depth]) * theirs.components_).sum(1))
-        np.testing.assert_allclose(
-            project(jnp.asarray(x), found)[depth], theirs.transform(x[depth]) * signs, atol=2e-2
-        )
+        np.testing.assert_allclose(project(jnp.asarray(x), found)[depth], theirs.transform(x[depth]) * signs, atol=2e-2)
 
 
 def test_unit_vectors_and_zero():
     np.testing.assert_allclose(unit(jnp.asarray([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0, 0]])
+
+
+def test_randomised_svd_is_exact_where_the_rank_is_no_larger():
+    numbers = np.random.default_rng(0)
+    low = jnp.asarray(numbers.normal(size=(2, 9, 3)) @ numbers.normal(size=(2, 3, 7)), jnp.float32)
+    u, s, v = randomised_svd(jax.random.key(0), low, 3, iterations=2)
+    np.testing.assert_allclose((u * s[..., None, :]) @ v, low, atol=1e-4)
+    np.testing.assert_allclose(s, truncated_svd(low, 3)[1], rtol=1e-4)
+
+
+def test_randomised_svd_comes_near_with_iterations():
+    full = jnp.asarray(np.random.default_rng(0).normal(size=(30, 20)), jnp.float32)
+    exact = truncated_svd(full, 2)[1].sum()
+    found = [float(randomised_svd(jax.random.key(0), full, 2, iterations=n)[1].sum()) for n in (0, 4, 16)]
+    assert found[0] < found[1] < found[2] <= float(exact) * 1.0001
+    assert found[2] > 0.99 * float(exact)
+    with pytest.raises(ValueError, match=r"rank must be 1\.\.20"):
+        randomised_svd(jax.random.key(0), full, 21)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        randomised_svd(jax.random.key(0), full, 2, iterations=-1)

@@ -49,9 +49,7 @@ def maps(made: Bench, length: int) -> dict[str, Any]:
 
     def residual(params: Any, source: Any) -> Any:
         tokens, x = prompt["tokens"], source["resid_pre"]
-        return patch_residual(
-            model, params, tokens, x, metric, site="resid_pre", positions=positions, answers=answers
-        )
+        return patch_residual(model, params, tokens, x, metric, site="resid_pre", positions=positions, answers=answers)
 
     def heads(params: Any, source: Any) -> Any:
         z = {"attn_z": source["attn_z"]}

@@ -32,9 +32,7 @@ class _Terminated(KeyboardInterrupt):
     """The process was asked to end; handled as an interruption."""
 
 
-def run(
-    system: System, *, preset: str, seed: int, assignments: Sequence[str], out: Path, strict: bool = False
-) -> int:
+def run(system: System, *, preset: str, seed: int, assignments: Sequence[str], out: Path, strict: bool = False) -> int:
     """Run an experiment, or resume it, or show its result where it has finished.
 
     Args:
@@ -73,18 +71,14 @@ def run(
     return _outcome(directory, strict)
 
 
-def _run_and_save(
-    module: ModuleType, config: Any, identity: Mapping[str, Any], directory: Path, log: Log
-) -> None:
+def _run_and_save(module: ModuleType, config: Any, identity: Mapping[str, Any], directory: Path, log: Log) -> None:
     import jax
 
     began = time.monotonic()
     result: Result = module.run(jax.random.key(identity["seed"]), config, log)
     seconds = time.monotonic() - began
     paths = [f"figures/{name}.png" for name in result.figures]
-    record = to_record(
-        result, **identity, device=_device(), versions=_versions(), seconds=seconds, figures=paths
-    )
+    record = to_record(result, **identity, device=_device(), versions=_versions(), seconds=seconds, figures=paths)
     try:
         for path, figure in zip(paths, result.figures.values(), strict=True):
             figures.save(figure, directory / path, overwrite=True)

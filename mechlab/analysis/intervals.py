@@ -112,9 +112,7 @@ def paired_bootstrap(
     return bootstrap_mean(key, difference.mean(axis=0), level=level, resamples=resamples)
 
 
-def wilson(
-    successes: Float[ArrayLike, "..."], n: Float[ArrayLike, "..."], *, level: float = 0.95
-) -> Interval:
+def wilson(successes: Float[ArrayLike, "..."], n: Float[ArrayLike, "..."], *, level: float = 0.95) -> Interval:
     """Wilson's score interval for a rate p = successes / n.
 
         (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)

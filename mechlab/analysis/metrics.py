@@ -52,9 +52,7 @@ def accuracy(logits: Float[ArrayLike, "... N C"], labels: Int[ArrayLike, "... N"
     return correct(logits, labels).mean(axis=-1, dtype=jnp.float32)
 
 
-def cross_entropy(
-    logits: Float[ArrayLike, "... N C"], labels: Int[ArrayLike, "... N"]
-) -> Float[Array, "..."]:
+def cross_entropy(logits: Float[ArrayLike, "... N C"], labels: Int[ArrayLike, "... N"]) -> Float[Array, "..."]:
     """Mean cross-entropy over items, in nats, computed in float32: -(1/N) Σ_n log softmax(logits_n)[label_n].
 
     Args:

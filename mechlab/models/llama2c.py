@@ -60,13 +60,32 @@ class Vocabulary:
           text: any text; characters without a piece become their UTF-8 bytes.
           begin, end: add token 1 in front, 2 behind.
         """
+        # Training data had a space in front of every text.
+        words = re.split("(?= )", f" {text}") if text else []
+        if self._spaces_begin_pieces:
+            tokens = [token for word in words for token in self._merged(word)]
+        else:
+            tokens = list(self._merged("".join(words)))
+        return [BEGIN] * begin + tokens + [END] * end
+
+    @functools.cached_property
+    def _spaces_begin_pieces(self) -> bool:
+        # Then no pair is merged across the beginning of a word, and words can be encoded one by one, each once.
+        return not any(b" " in piece[1:] for piece in self.pieces)
+
+    @functools.cached_property
+    def _words(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def _merged(self, word: str) -> tuple[int, ...]:
+        """Tokens of a word, remembered."""
+        if word in self._words:
+            return self._words[word]
         tokens: list[int] = []
-        if text:
-            # Training data had a space in front of every text.
-            for character in f" {text}":
-                piece = character.encode()
-                known = self._tokens.get(piece)
-                tokens += [known] if known is not None else [byte + _FIRST_BYTE for byte in piece]
+        for character in word:
+            piece = character.encode()
+            known = self._tokens.get(piece)
+            tokens += [known] if known is not None else [byte + _FIRST_BYTE for byte in piece]
         while len(tokens) > 1:
             pairs = [self._tokens.get(self.pieces[a] + self.pieces[b]) for a, b in itertools.pairwise(tokens)]
             scores = [-math.inf if merged is None else self.scores[merged] for merged in pairs]
@@ -75,7 +94,7 @@ class Vocabulary:
             if merged is None:
                 break
             tokens[best : best + 2] = [merged]
-        return [BEGIN] * begin + tokens + [END] * end
+        return self._words.setdefault(word, tuple(tokens))
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; the space in front of a text, and tokens 1 and 2, are left out."""

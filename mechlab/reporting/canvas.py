@@ -165,9 +165,7 @@ def legend(axes: Axes) -> None:
     figure.set_figheight(figure.get_figheight() + 0.24 * (rows - 1))
 
 
-def name_points(
-    axes: Axes, names: Mapping[str, tuple[float, float]], others: Sequence[tuple[float, float]]
-) -> None:
+def name_points(axes: Axes, names: Mapping[str, tuple[float, float]], others: Sequence[tuple[float, float]]) -> None:
     """Write a name beside each point where it covers no other name and as few points as can be.
 
     Each name takes, in turn, the cheapest of 32 places around its point; one farther away gets a leader line.

@@ -17,9 +17,7 @@ from mechlab.reporting.canvas import DASHES, MARKERS, PALETTE, arrays, canvas, h
 
 
 @house_style
-def head_maps(
-    maps: Mapping[str, ArrayLike], *, colour_label: str, title: str = "", diverging: bool = False
-) -> Figure:
+def head_maps(maps: Mapping[str, ArrayLike], *, colour_label: str, title: str = "", diverging: bool = False) -> Figure:
     """Layer by head as colours, one panel a map, all with the same colours: first layer at the bottom.
 
     Args:

@@ -19,9 +19,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes, strength):
     x = RNG.normal(size=(2, 60, 5)) + 1.5
     labels = np.argmax(x[0] @ RNG.normal(size=(5, classes)) + RNG.gumbel(size=(60, classes)), 1)
     with jax.enable_x64(True):
-        found = jax.tree.map(
-            np.asarray, fit_logistic(jnp.asarray(x), jnp.asarray(labels), classes=classes, C=strength)
-        )
+        found = jax.tree.map(np.asarray, fit_logistic(jnp.asarray(x), jnp.asarray(labels), classes=classes, C=strength))
     for depth in range(2):
         theirs = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(x[depth], labels)
         coef, intercept = theirs.coef_.T, theirs.intercept_

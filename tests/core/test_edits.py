@@ -70,9 +70,7 @@ def test_clamp_at_infinity_and_at_one_value() -> None:
 
 
 def test_mask_hides_infinities() -> None:
-    np.testing.assert_array_equal(
-        Mask(jnp.asarray([True, False]))(jnp.asarray([1.0, jnp.inf]), BARE), [1.0, 0.0]
-    )
+    np.testing.assert_array_equal(Mask(jnp.asarray([True, False]))(jnp.asarray([1.0, jnp.inf]), BARE), [1.0, 0.0])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
@@ -130,9 +128,7 @@ def test_hard_gate_is_closed_at_the_threshold() -> None:
 def test_soft_gate_becomes_hard_as_it_gets_sharper() -> None:
     z = normal(B, T, D, seed=5)
     hard = Gate(jnp.zeros(D), jnp.ones(D), hard=True).open(z)
-    gaps = [
-        float(jnp.abs(Gate(jnp.zeros(D), jnp.ones(D), s).open(z) - hard).max()) for s in (1.0, 10.0, 1e3, 1e6)
-    ]
+    gaps = [float(jnp.abs(Gate(jnp.zeros(D), jnp.ones(D), s).open(z) - hard).max()) for s in (1.0, 10.0, 1e3, 1e6)]
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 0.1 and gaps[-1] < 1e-6
     close(Gate(jnp.zeros(D), jnp.ones(D), 1e6).open(jnp.zeros(D)), jnp.full(D, 0.5))
@@ -161,9 +157,7 @@ def test_hard_gate_in_a_model_refuses_only_the_gradient_of_its_threshold() -> No
         scanned = "mlp_act" in model.sites
         width = 24 if scanned else 8
 
-        def loss(
-            params: Any, threshold: jax.Array, gain: jax.Array, model: Any = model, inputs: Any = inputs
-        ) -> Any:
+        def loss(params: Any, threshold: jax.Array, gain: jax.Array, model: Any = model, inputs: Any = inputs) -> Any:
             edits = at(model.sites, "mlp_act", Gate(threshold, gain, hard=True))
             return jnp.square(model.apply({"params": params, "edits": edits}, inputs)).sum()
 
@@ -195,9 +189,7 @@ FLOATS = st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False)
 
 @given(forward=FLOATS, backward=FLOATS)
 def test_straight_through_has_exactly_the_forward_value(forward: float, backward: float) -> None:
-    value, slope = jax.value_and_grad(lambda b: straight_through(jnp.float32(forward), 3 * b))(
-        jnp.float32(backward)
-    )
+    value, slope = jax.value_and_grad(lambda b: straight_through(jnp.float32(forward), 3 * b))(jnp.float32(backward))
     assert value == np.float32(forward)
     assert slope == 3
 
@@ -268,9 +260,7 @@ def test_placed_is_exact_where_it_is_fully_on_or_off(data: st.DataObject) -> Non
     np.testing.assert_array_equal(Placed(Replace(y), gate=jnp.float32(0))(x, BARE), x)
     np.testing.assert_array_equal(Placed(Replace(y), gate=jnp.float32(1))(x, BARE), y)
     on = jnp.asarray(data.draw(st.lists(st.booleans(), min_size=4, max_size=4)))
-    np.testing.assert_array_equal(
-        Placed(Replace(y), unit=on.astype(jnp.float32))(x, BARE), jnp.where(on, y, x)
-    )
+    np.testing.assert_array_equal(Placed(Replace(y), unit=on.astype(jnp.float32))(x, BARE), jnp.where(on, y, x))
 
 
 def test_placed_multiplies_its_limits_and_interpolates() -> None:

@@ -22,9 +22,7 @@ def loaded_by(statement: str) -> list[str]:
     return out.stdout.split()
 
 
-@pytest.mark.parametrize(
-    "statement", ["import mechlab", "import mechlab.core.errors", "import mechlab.models"]
-)
+@pytest.mark.parametrize("statement", ["import mechlab", "import mechlab.core.errors", "import mechlab.models"])
 def test_import_loads_no_jax(statement: str) -> None:
     modules = loaded_by(statement)
     assert "mechlab" in modules
@@ -32,9 +30,7 @@ def test_import_loads_no_jax(statement: str) -> None:
 
 
 def test_importing_the_core_and_the_models_starts_no_backend_and_loads_no_checkpoint_library() -> None:
-    everything = (
-        "import mechlab.core.sweeps, mechlab.core.transforms, mechlab.core.sharding, mechlab.core.rng, "
-    )
+    everything = "import mechlab.core.sweeps, mechlab.core.transforms, mechlab.core.sharding, mechlab.core.rng, "
     everything += "mechlab.models.transformer, mechlab.models.mlp, mechlab.training.loop"
     started = "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     modules = loaded_by(f"{everything}; {started}")
@@ -42,9 +38,7 @@ def test_importing_the_core_and_the_models_starts_no_backend_and_loads_no_checkp
     assert not {"orbax", "orbax.checkpoint", "safetensors", "matplotlib", "sklearn"} & set(modules)
 
 
-@pytest.mark.parametrize(
-    "module", ["sites", "edits", "model", "select", "transforms", "sweeps", "sharding", "rng"]
-)
+@pytest.mark.parametrize("module", ["sites", "edits", "model", "select", "transforms", "sweeps", "sharding", "rng"])
 def test_every_module_of_the_core_imports_alone(module: str) -> None:
     if module == "sweeps":  # uses jax.extend, which jax itself does not load
         use = "mechlab.core.sweeps.peak_bytes(lambda x: x + 1, 1.0)"

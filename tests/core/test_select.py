@@ -23,9 +23,7 @@ ATTENTION = [f"blocks/attn/{n}/kernel" for n in "kqv"]
 NAMES = st.text("abcxyz", min_size=1, max_size=3)
 TREES = st.recursive(
     st.integers(-9, 9).map(np.asarray),
-    lambda child: (
-        st.dictionaries(NAMES, child, min_size=1, max_size=3) | st.lists(child, min_size=1, max_size=2)
-    ),
+    lambda child: st.dictionaries(NAMES, child, min_size=1, max_size=3) | st.lists(child, min_size=1, max_size=2),
     max_leaves=8,
 )
 
@@ -89,16 +87,12 @@ def test_map_at_touches_matches_only(tree: Any, letter: str) -> None:
     touched: list[int] = []
     changed = select.map_at(tree, pattern, lambda leaf: touched.append(1) or leaf + 100)
     assert len(touched) == len(select.get(tree, pattern))
-    for path, old, new in zip(
-        select.paths(tree), jax.tree.leaves(tree), jax.tree.leaves(changed), strict=True
-    ):
+    for path, old, new in zip(select.paths(tree), jax.tree.leaves(tree), jax.tree.leaves(changed), strict=True):
         assert new == old + 100 if letter in path else new is old
     assert jax.tree.leaves(select.mask(tree, pattern)) == [letter in path for path in select.paths(tree)]
 
 
-@pytest.mark.parametrize(
-    "function", [select.get, select.mask, select.count, lambda t, p: select.map_at(t, p, abs)]
-)
+@pytest.mark.parametrize("function", [select.get, select.mask, select.count, lambda t, p: select.map_at(t, p, abs)])
 def test_a_pattern_without_a_match_is_an_error_with_the_nearest_path(function: Any) -> None:
     with pytest.raises(KeyError, match=r'"blocks/attn/q/kernels".*Did you mean "blocks/attn/q/kernel"'):
         function(TREE, "blocks/attn/q/kernels")
@@ -118,9 +112,7 @@ def test_put_and_map_at_share_what_they_do_not_touch() -> None:
     params = decoder("gpt2")[1]
     changed = select.map_at(params, "**/q/kernel", lambda x: 2 * x)
     assert changed["blocks"]["attn"]["k"]["kernel"] is params["blocks"]["attn"]["k"]["kernel"]
-    np.testing.assert_array_equal(
-        changed["blocks"]["attn"]["q"]["kernel"], 2 * params["blocks"]["attn"]["q"]["kernel"]
-    )
+    np.testing.assert_array_equal(changed["blocks"]["attn"]["q"]["kernel"], 2 * params["blocks"]["attn"]["q"]["kernel"])
 
 
 def test_count_adds_up_the_parameters_of_a_decoder() -> None:

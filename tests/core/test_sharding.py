@@ -27,9 +27,7 @@ def test_the_suite_has_eight_devices() -> None:
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize(
-    "data, model, shape", [(None, 1, (8, 1)), (None, 2, (4, 2)), (2, 2, (2, 2)), (1, 8, (1, 8))]
-)
+@pytest.mark.parametrize("data, model, shape", [(None, 1, (8, 1)), (None, 2, (4, 2)), (2, 2, (2, 2)), (1, 8, (1, 8))])
 def test_make_mesh_fills_the_devices(data: int | None, model: int, shape: tuple[int, int]) -> None:
     mesh = make_mesh(data, model)
     assert mesh.axis_names == ("data", "model")
@@ -82,9 +80,7 @@ def test_every_logical_axis_pattern_matches_and_has_the_rank_of_its_leaf(kind: s
     for pattern, names in LOGICAL_AXES.items():
         for leaf in select.matching(params, pattern).values():
             assert leaf.ndim == len(names), pattern
-    unnamed = set(select.paths(params)) - {
-        p for pattern in LOGICAL_AXES for p in select.matching(params, pattern)
-    }
+    unnamed = set(select.paths(params)) - {p for pattern in LOGICAL_AXES for p in select.matching(params, pattern)}
     assert all("norm" in path or path.endswith(("o/bias", "down/bias")) for path in unnamed)
 
 

@@ -219,9 +219,7 @@ def test_sites_of_a_model_of_ones_own() -> None:
     assert set(params) == {"step_0", "step_1"} and set(params["step_0"]) == {"hidden"}
     assert list(model.sites) == ["hidden.0", "hidden.1", "logits"]
     x = jnp.ones((2, 3))
-    edits = combine(
-        at(model.sites, "hidden", Replace(jnp.float32(0.0)), layer=0), at(model.sites, "logits", Add(1.0))
-    )
+    edits = combine(at(model.sites, "hidden", Replace(jnp.float32(0.0)), layer=0), at(model.sites, "logits", Add(1.0)))
     out, acts = model.capture({"params": params, "edits": edits}, x, sites=("hidden", "logits"))
     assert list(acts) == ["hidden.0", "hidden.1", "logits"]
     np.testing.assert_array_equal(acts["hidden.0"], jnp.zeros((2, 3)))

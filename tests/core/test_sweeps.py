@@ -42,9 +42,7 @@ def patching() -> tuple[Callable[..., jax.Array], Any, jax.Array]:
 def one_by_one(patching: Any) -> np.ndarray:
     function, *shared = patching
     single = jax.jit(function)
-    return np.stack(
-        [single({"layer": i, "position": j}, *shared) for i in range(LAYERS) for j in range(LENGTH)]
-    )
+    return np.stack([single({"layer": i, "position": j}, *shared) for i in range(LAYERS) for j in range(LENGTH)])
 
 
 def test_vmap_over_traced_layer_and_position_equals_a_loop(patching: Any, one_by_one: np.ndarray) -> None:
@@ -66,9 +64,7 @@ def test_sweep_limits_its_chunks_to_the_memory(patching: Any, one_by_one: np.nda
     one = peak_bytes(function, {"layer": jnp.int32(0), "position": jnp.int32(0)}, *shared)
     for memory, chunks in ((1.0, 15), (4.5 * one, 4), (1e12, 1)):
         calls: list[tuple[int, int]] = []
-        swept = sweep(
-            function, CELLS, *shared, memory=memory, progress=lambda *x, calls=calls: calls.append(x)
-        )
+        swept = sweep(function, CELLS, *shared, memory=memory, progress=lambda *x, calls=calls: calls.append(x))
         np.testing.assert_allclose(swept, one_by_one, rtol=1e-5, atol=1e-5)
         assert len(calls) == chunks
         assert calls[-1] == (15, 15)
@@ -95,9 +91,7 @@ def test_sweep_on_a_mesh_spreads_each_chunk_over_data(monkeypatch: pytest.Monkey
 def test_vmap_over_stacked_edits_equals_a_loop() -> None:
     model, params = decoder("llama")
     vectors = jnp.asarray(np.random.default_rng(0).normal(size=(5, 16)), jnp.float32)
-    edits = jax.vmap(lambda v, layer: at(model.sites, "mlp_out", Add(v), layer=layer))(
-        vectors, jnp.arange(5) % 3
-    )
+    edits = jax.vmap(lambda v, layer: at(model.sites, "mlp_out", Add(v), layer=layer))(vectors, jnp.arange(5) % 3)
     run = jax.jit(lambda edit: model.apply({"params": params, "edits": edit}, TOKENS))
     wanted = [run(at(model.sites, "mlp_out", Add(vectors[i]), layer=i % 3)) for i in range(5)]
     np.testing.assert_allclose(jax.jit(jax.vmap(run))(edits), jnp.stack(wanted), rtol=1e-5, atol=1e-5)
@@ -108,9 +102,7 @@ def test_vmap_over_heads_units_and_spans_equals_a_loop() -> None:
     model, params = decoder("llama")
 
     def run(head: Any, unit: Any, stop: Any) -> jax.Array:
-        edits = at(
-            model.sites, "attn_z", Scale(jnp.asarray(0.0)), layer=1, head=head, unit=unit, span=(1, stop)
-        )
+        edits = at(model.sites, "attn_z", Scale(jnp.asarray(0.0)), layer=1, head=head, unit=unit, span=(1, stop))
         return model.apply({"params": params, "edits": edits}, TOKENS)
 
     cells = grid(head=jnp.arange(4), unit=jnp.arange(2), stop=jnp.asarray([2, 4]))
@@ -140,9 +132,7 @@ def test_sweep_over_noise_keys_equals_a_loop() -> None:
 def test_sweep_keeps_order_and_number_of_cells(cells: int, batch: int, data: int | None) -> None:
     mesh = None if data is None else make_mesh(data=data)
     x = jnp.arange(cells, dtype=jnp.float32)
-    swept = sweep(
-        lambda x, k: {"square": x * x + k, "pair": jnp.stack([x, x])}, x, 1.0, batch=batch, mesh=mesh
-    )
+    swept = sweep(lambda x, k: {"square": x * x + k, "pair": jnp.stack([x, x])}, x, 1.0, batch=batch, mesh=mesh)
     np.testing.assert_array_equal(swept["square"], np.arange(cells) ** 2 + 1)
     np.testing.assert_array_equal(swept["pair"], np.stack([np.arange(cells)] * 2, 1))
 
@@ -196,13 +186,9 @@ def test_zero_probes_have_the_shape_of_the_sites_and_change_nothing() -> None:
     table = list_sites(model.module, TOKENS)
     probes = zero_probes(table, *table)
     _, acts = model.capture({"params": params}, TOKENS, sites=tuple(table))
-    assert {name: probe.value.shape for name, probe in probes.items()} == {
-        n: a.shape for n, a in acts.items()
-    }
+    assert {name: probe.value.shape for name, probe in probes.items()} == {n: a.shape for n, a in acts.items()}
     plain, _ = jax.jit(lambda: model.capture({"params": params}, TOKENS, sites=tuple(table)))()
-    probed = jax.jit(lambda p: model.capture({"params": params, "edits": p}, TOKENS, sites=tuple(table)))(
-        probes
-    )[0]
+    probed = jax.jit(lambda p: model.capture({"params": params, "edits": p}, TOKENS, sites=tuple(table)))(probes)[0]
     np.testing.assert_array_equal(probed, plain)
 
 

@@ -50,13 +50,8 @@ def test_merge_changes_matching_leaves_only_and_keeps_structure_and_dtype(patter
     before = jax.tree.map(np.array, params)
     merged = adapter.merge(params, moved(adapter.init(jax.random.key(0), params)))
     assert_equal(params, jax.tree.map(jnp.asarray, before))
-    assert jax.tree.map(lambda x: (x.dtype, x.shape), merged) == jax.tree.map(
-        lambda x: (x.dtype, x.shape), params
-    )
-    changed = [
-        not np.array_equal(a, b)
-        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True)
-    ]
+    assert jax.tree.map(lambda x: (x.dtype, x.shape), merged) == jax.tree.map(lambda x: (x.dtype, x.shape), params)
+    changed = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True)]
     assert changed == jax.tree.leaves(select.mask(params, pattern))
 
 

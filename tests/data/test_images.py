@@ -104,9 +104,7 @@ def test_real_mnist_test_images_are_split_8000_2000(data_dir: Path, monkeypatch:
     assert loaded.test_y[:12].tolist() == MNIST_LABELS
 
 
-def test_mnist_as_published_when_the_training_files_are_here(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mnist_as_published_when_the_training_files_are_here(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_mnist(nowhere, monkeypatch, "train", "MNIST_TRAIN", 30)
     plant_mnist(nowhere, monkeypatch, "t10k", "MNIST_TEST", 20)
     loaded = load_mnist(download=False)
@@ -116,9 +114,7 @@ def test_mnist_as_published_when_the_training_files_are_here(
     assert "60,000" in loaded.note
 
 
-def test_only_test_files_are_split_without_touching_the_network(
-    nowhere: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_test_files_are_split_without_touching_the_network(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant_mnist(nowhere, monkeypatch, "t10k", "MNIST_TEST", 50)
     monkeypatch.setattr(images, "_MNIST_TEST_SIZES", (30, 20))
     loaded = load_mnist()

@@ -51,9 +51,7 @@ class Server:
         self.files |= named
         return Source(
             name="ducks",
-            files={
-                name: (self.address + name, hashlib.sha256(body).hexdigest()) for name, body in named.items()
-            },
+            files={name: (self.address + name, hashlib.sha256(body).hexdigest()) for name, body in named.items()},
         )
 
 
@@ -82,9 +80,7 @@ def put(folder: Path, **files: bytes) -> None:
         (folder / name.replace("_", ".")).write_bytes(body)
 
 
-def test_given_folder_comes_before_the_cache_and_the_network(
-    server: Server, folders: tuple[Path, Path]
-) -> None:
+def test_given_folder_comes_before_the_cache_and_the_network(server: Server, folders: tuple[Path, Path]) -> None:
     given, cache = folders
     source = server.source(a_txt=BODY)
     put(given, a_txt=BODY)
@@ -94,9 +90,7 @@ def test_given_folder_comes_before_the_cache_and_the_network(
     assert server.asked == []
 
 
-def test_cache_is_used_when_the_given_folder_is_incomplete(
-    server: Server, folders: tuple[Path, Path]
-) -> None:
+def test_cache_is_used_when_the_given_folder_is_incomplete(server: Server, folders: tuple[Path, Path]) -> None:
     given, cache = folders
     source = server.source(a_txt=BODY, b_txt=b"b")
     put(given, a_txt=BODY)
@@ -128,9 +122,7 @@ def test_download_fetches_only_what_is_missing_and_once(server: Server, folders:
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_wrong_digest_is_refused_by_name_and_kept(
-    server: Server, folders: tuple[Path, Path], place: int
-) -> None:
+def test_wrong_digest_is_refused_by_name_and_kept(server: Server, folders: tuple[Path, Path], place: int) -> None:
     source = server.source(a_txt=BODY)
     put(folders[place], a_txt=b"other")
     path = folders[place] / "a.txt"
@@ -161,9 +153,7 @@ def test_missing_without_download_names_files_and_folders(server: Server, folder
 
 
 @pytest.mark.parametrize("broken", ["no server", "404", "cut"])
-def test_failed_download_says_so_and_leaves_nothing(
-    server: Server, folders: tuple[Path, Path], broken: str
-) -> None:
+def test_failed_download_says_so_and_leaves_nothing(server: Server, folders: tuple[Path, Path], broken: str) -> None:
     source = server.source(a_txt=BODY)
     if broken == "no server":
         # Port 9 (discard) of loopback: nothing listens there.
@@ -188,9 +178,7 @@ def test_download_with_the_wrong_contents_is_not_stored(server: Server, folders:
     assert list(folders[1].iterdir()) == []
 
 
-def test_interrupt_leaves_no_file(
-    server: Server, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_leaves_no_file(server: Server, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from mechlab.data import sources
 
     def interrupted(address: str, target: Path, *, label: str) -> None:

@@ -34,18 +34,14 @@ def test_same_key_same_split_and_another_key_another() -> None:
 
 
 def test_vmap_over_seeds_equals_a_loop() -> None:
-    train, test = jax.vmap(lambda key: split_indices(key, 20, (12, 8)))(
-        jax.random.split(jax.random.key(0), 3)
-    )
+    train, test = jax.vmap(lambda key: split_indices(key, 20, (12, 8)))(jax.random.split(jax.random.key(0), 3))
     for i, key in enumerate(jax.random.split(jax.random.key(0), 3)):
         alone = split_indices(key, 20, (12, 8))
         assert train[i].tolist() == alone[0].tolist()
         assert test[i].tolist() == alone[1].tolist()
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"), [((), "at least one"), ((3, 0), "at least 1"), ((6, 5), "need 11")]
-)
+@pytest.mark.parametrize(("sizes", "message"), [((), "at least one"), ((3, 0), "at least 1"), ((6, 5), "need 11")])
 def test_bad_sizes_are_refused(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"sizes: .*{message}"):
         split_indices(jax.random.key(0), 10, sizes)

@@ -23,10 +23,7 @@ def by_hand(image: np.ndarray, factor: float = 1.0) -> np.ndarray:
     for layer in range(2):
         p = {name: np.asarray(leaf, np.float64) for name, leaf in PARAMS[f"conv_{layer}"].items()}
         maps = [
-            sum(
-                scipy.signal.correlate2d(x[..., i], p["kernel"][..., i, o], "same")
-                for i in range(x.shape[-1])
-            )
+            sum(scipy.signal.correlate2d(x[..., i], p["kernel"][..., i, o], "same") for i in range(x.shape[-1]))
             for o in range(p["kernel"].shape[-1])
         ]
         x = np.maximum(np.stack(maps, -1) + p["bias"], 0) * (factor if layer == 1 else 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,16 @@ def test_encoding_merges_the_best_pair_first_and_falls_back_to_bytes(tmp_path: P
     for text in ("aba", "ab é\n", "", "a  b"):
         assert vocabulary.decode(vocabulary.encode(text, end=True)) == text
     assert vocabulary.decode(np.asarray([tokens[b" ab"], 0xC3 + 3])) == " ab�"
+
+
+def test_words_are_encoded_one_by_one_only_where_no_piece_holds_two(tmp_path: Path) -> None:
+    vocabulary = llama2c.load(write(tmp_path))[2]
+    assert vocabulary is not None
+    longer = dataclasses.replace(vocabulary, pieces=(*vocabulary.pieces, b"q q"), scores=(*vocabulary.scores, 9.0))
+    for text in ("aba ab  ba", "ab\naba é ab", " "):
+        assert vocabulary.encode(text) == longer.encode(text)
+    across = dataclasses.replace(vocabulary, pieces=(*vocabulary.pieces, b"a a"), scores=(*vocabulary.scores, 9.0))
+    assert len(vocabulary.pieces) in across.encode("a ab")
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:

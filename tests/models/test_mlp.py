@@ -52,9 +52,7 @@ def test_an_edit_equals_the_same_change_by_hand(name: str) -> None:
     edits = at(MODEL.sites, name, Scale(jnp.float32(-1.7)), unit=[0, 2])
     sign = np.where(np.isin(np.arange(by_hand(X)[name].shape[1]), [0, 2]), -1.7, 1.0)
     wanted = by_hand(X, {name: lambda x: x * sign})["logits"]
-    np.testing.assert_allclose(
-        MODEL.apply({"params": PARAMS, "edits": edits}, X), wanted, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(MODEL.apply({"params": PARAMS, "edits": edits}, X), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_an_edit_at_one_layer_and_at_every_layer() -> None:
@@ -64,9 +62,7 @@ def test_an_edit_at_one_layer_and_at_every_layer() -> None:
     assert list(every) == ["mlp_act.0", "mlp_act.1"]
     for edits in (one, every):
         wanted = by_hand(X, {name: lambda x: x + 0.5 for name in edits})["logits"]
-        np.testing.assert_allclose(
-            MODEL.apply({"params": PARAMS, "edits": edits}, X), wanted, rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(MODEL.apply({"params": PARAMS, "edits": edits}, X), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gate_at_the_activation_reads_the_pre_activation() -> None:

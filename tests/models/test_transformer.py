@@ -153,9 +153,7 @@ def test_a_context_of_one_token_is_possible() -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_equal_their_formulas(name: str) -> None:
     x = jnp.linspace(-6, 6, 101)
-    np.testing.assert_allclose(
-        ACTIVATIONS[name](x), reference.ACTIVATIONS[name](np.asarray(x)), rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(ACTIVATIONS[name](x), reference.ACTIVATIONS[name](np.asarray(x)), rtol=1e-5, atol=1e-6)
 
 
 def test_linear_contracts_the_last_input_axes() -> None:

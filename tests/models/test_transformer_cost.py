@@ -31,9 +31,7 @@ def program(executable: Any) -> str:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_without_edits_the_program_is_that_of_a_model_without_sites(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_edits_the_program_is_that_of_a_model_without_sites(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = decoder(kind)
     no_layer = at(model.sites, "resid_post", Add(jnp.ones(16)), layer=1)
     with_sites = compiled(lambda p, t: model.apply({"params": p}, t), params, TOKENS)
@@ -62,9 +60,7 @@ def test_capturing_one_site_costs_no_memory_for_the_others(wide: Any) -> None:
     table = list_sites(model.module, tokens)
 
     def memory(*sites: str) -> Any:
-        return compiled(
-            lambda p, t: model.capture({"params": p}, t, sites=sites), params, tokens
-        ).memory_analysis()
+        return compiled(lambda p, t: model.capture({"params": p}, t, sites=sites), params, tokens).memory_analysis()
 
     def size(name: str) -> int:
         return 4 * (table[name].layers or 1) * table[name].value.size
@@ -101,22 +97,16 @@ def test_an_edit_at_one_layer_stores_no_activation(wide: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_attention_scores_are_formed_only_for_those_who_use_them(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_scores_are_formed_only_for_those_who_use_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, params = decoder(kind)
     table = list_sites(model.module, TOKENS)
     fused = jax.nn.dot_product_attention
     calls: list[int] = []
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda *args, **kw: calls.append(1) or fused(*args, **kw)
-    )
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *args, **kw: calls.append(1) or fused(*args, **kw))
 
     def uses_fused(sites: tuple[str, ...] = (), edits: Any = None) -> bool:
         calls.clear()
-        jax.make_jaxpr(lambda p: model.capture({"params": p, "edits": edits or {}}, TOKENS, sites=sites))(
-            params
-        )
+        jax.make_jaxpr(lambda p: model.capture({"params": p, "edits": edits or {}}, TOKENS, sites=sites))(params)
         return bool(calls)
 
     inside = {"attn_scores", "attn_pattern"}
@@ -131,9 +121,7 @@ def test_attention_scores_are_formed_only_for_those_who_use_them(
 @pytest.mark.parametrize("kind", [gpt2, llama])
 def test_the_traced_program_does_not_grow_with_depth(kind: Any) -> None:
     def lines(depth: int) -> tuple[int, int]:
-        model = transformer.transformer(
-            kind(vocabulary=11, layers=depth, width=16, heads=4, hidden=24, context=12)
-        )
+        model = transformer.transformer(kind(vocabulary=11, layers=depth, width=16, heads=4, hidden=24, context=12))
         params = jax.eval_shape(model.init, jax.random.key(0))
         edits = at(model.sites, "resid_post", Add(jnp.ones(16)), layer=1, position=2)
 
@@ -150,9 +138,7 @@ def test_the_traced_program_does_not_grow_with_depth(kind: Any) -> None:
 
 def test_layers_of_different_depth_compile_to_programs_of_the_same_length() -> None:
     def instructions(depth: int) -> int:
-        model = transformer.transformer(
-            gpt2(vocabulary=11, layers=depth, width=16, heads=4, hidden=24, context=12)
-        )
+        model = transformer.transformer(gpt2(vocabulary=11, layers=depth, width=16, heads=4, hidden=24, context=12))
         params = jax.eval_shape(model.init, jax.random.key(0))
         return len(program(compiled(lambda p: model.apply({"params": p}, TOKENS), params)).splitlines())
 

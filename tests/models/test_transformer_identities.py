@@ -65,9 +65,7 @@ def test_a_gate_of_zeros_changes_no_bit_at_any_site(kind: str) -> None:
 def test_no_edits_and_empty_edits_change_no_bit(kind: str) -> None:
     model, params = decoder(kind)
     plain = jax.jit(model.apply)({"params": params}, TOKENS)
-    np.testing.assert_array_equal(
-        bits(jax.jit(model.apply)({"params": params, "edits": {}}, TOKENS)), bits(plain)
-    )
+    np.testing.assert_array_equal(bits(jax.jit(model.apply)({"params": params, "edits": {}}, TOKENS)), bits(plain))
     captured, _ = jax.jit(lambda p: model.capture({"params": p}, TOKENS, sites=STREAM))(params)
     np.testing.assert_array_equal(bits(captured), bits(plain))
 
@@ -84,10 +82,7 @@ def test_patching_a_run_with_itself_changes_no_bit_at_any_site(kind: str) -> Non
     @jax.jit
     def patched(values: dict[str, jax.Array], name: jax.Array, layer: jax.Array) -> Any:
         layers = jnp.where(jnp.arange(len(STREAM)) == name, layer, -1)
-        edits = [
-            at(table, name, Replace(values[name]), layer=layers[i], stacked=True)
-            for i, name in enumerate(STREAM)
-        ]
+        edits = [at(table, name, Replace(values[name]), layer=layers[i], stacked=True) for i, name in enumerate(STREAM)]
         return model.capture({"params": params, "edits": combine(*edits)}, TOKENS, sites=STREAM)
 
     logits, acts = clean()
@@ -133,9 +128,7 @@ def test_padded_equals_unpadded_at_the_real_tokens(kind: str) -> None:
             padded = run(tokens, positions)
             assert np.isfinite(padded).all()
             for row, start in enumerate(starts):
-                np.testing.assert_allclose(
-                    padded[row, start : start + LENGTH], plain[row], rtol=1e-5, atol=1e-5
-                )
+                np.testing.assert_allclose(padded[row, start : start + LENGTH], plain[row], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -149,14 +142,10 @@ def test_positions_with_an_offset_equal_the_reference(kind: str) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_span_per_row_edits_each_row_at_its_own_positions(kind: str) -> None:
     model, params = decoder(kind)
-    edits = at(
-        model.sites, "resid_mid", Add(jnp.ones(16)), layer=1, span=(jnp.asarray([0, 3]), jnp.asarray([2, 5]))
-    )
+    edits = at(model.sites, "resid_mid", Add(jnp.ones(16)), layer=1, span=(jnp.asarray([0, 3]), jnp.asarray([2, 5])))
     inside = np.asarray([[1, 1, 0, 0, 0], [0, 0, 0, 1, 1]])[..., None]
     wanted, _ = forward(params, TOKENS, CONFIGS[kind], {("resid_mid", 1): lambda x: x + inside})
-    np.testing.assert_allclose(
-        model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -171,9 +160,7 @@ def test_float32_edits_steer_a_bfloat16_model_and_keep_its_dtype(kind: str) -> N
     scale = at(model.sites, "embed", Scale(jnp.asarray(1.5)))
     edits = combine(steer, scale, at(table, "attn_pattern", Scale(jnp.asarray(0.5)), layer=0))
     sites = ("embed", "resid_post", "attn_pattern", "attn_z", "mlp_act")
-    logits, acts = jax.jit(lambda e: model.capture({"params": params, "edits": e}, TOKENS, sites=sites))(
-        edits
-    )
+    logits, acts = jax.jit(lambda e: model.capture({"params": params, "edits": e}, TOKENS, sites=sites))(edits)
     assert logits.dtype == jnp.float32
     assert {name: acts[name].dtype for name in sites} == {
         name: jnp.float32 if name in wide else jnp.bfloat16 for name in sites
@@ -198,9 +185,7 @@ def test_running_the_upper_layers_from_a_captured_stream_equals_the_whole_model(
         at(model.sites, "mlp_out", Scale(jnp.asarray(0.5)), layer=0),
     )
     variables = {"params": params, "edits": edits}
-    logits, acts = jax.jit(
-        lambda: model.capture(variables, TOKENS, positions, sites=("resid_pre", "resid_post"))
-    )()
+    logits, acts = jax.jit(lambda: model.capture(variables, TOKENS, positions, sites=("resid_pre", "resid_post")))()
     rest = jax.jit(
         lambda resid, start: unembed(model, variables, run_layers(model, variables, resid, start, positions))
     )
@@ -209,9 +194,7 @@ def test_running_the_upper_layers_from_a_captured_stream_equals_the_whole_model(
         np.testing.assert_allclose(rest(acts["resid_post"][start], start + 1), logits, rtol=1e-5, atol=1e-5)
     static = run_layers(model, variables, acts["resid_post"][0], 1, positions)
     np.testing.assert_allclose(unembed(model, variables, static), logits, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        unembed(model, variables, static[:, -1:]), logits[:, -1:], rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(unembed(model, variables, static[:, -1:]), logits[:, -1:], rtol=1e-5, atol=1e-5)
     traced = jax.vmap(lambda resid, start: rest(resid, start))(acts["resid_pre"], jnp.arange(3))
     np.testing.assert_allclose(traced, jnp.stack([logits] * 3), rtol=1e-5, atol=1e-5)
 
@@ -227,6 +210,4 @@ def test_unembed_applies_edits_after_the_layers(name: str) -> None:
     model, params = decoder("gpt2")
     variables = {"params": params, "edits": at(model.sites, name, Scale(jnp.asarray(2.0)))}
     logits, acts = model.capture(variables, TOKENS, sites=("resid_post",))
-    np.testing.assert_allclose(
-        unembed(model, variables, acts["resid_post"][-1]), logits, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(unembed(model, variables, acts["resid_post"][-1]), logits, rtol=1e-5, atol=1e-5)

@@ -41,9 +41,7 @@ def assert_same_acts(got: dict[str, jax.Array], wanted: dict[str, np.ndarray]) -
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_activation_equals_the_reference(kind: str) -> None:
     model, params = decoder(kind)
-    logits, acts = jax.jit(lambda p, t: model.capture({"params": p}, t, sites=tuple(table(kind))))(
-        params, TOKENS
-    )
+    logits, acts = jax.jit(lambda p, t: model.capture({"params": p}, t, sites=tuple(table(kind))))(params, TOKENS)
     wanted, wanted_acts = forward(params, TOKENS, CONFIGS[kind])
     assert set(acts) == set(wanted_acts)
     np.testing.assert_allclose(logits, wanted, atol=1e-4, rtol=0)
@@ -132,9 +130,7 @@ def test_unplaced_edit_changes_every_layer(kind: str) -> None:
         CONFIGS[kind],
         {("mlp_out", i): lambda x, i=i: x * (0.5, 1.0, 2.0)[i] for i in range(3)},
     )
-    np.testing.assert_allclose(
-        model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0
-    )
+    np.testing.assert_allclose(model.apply({"params": params, "edits": edits}, TOKENS), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -165,9 +161,7 @@ def test_probe_gradients_equal_finite_differences_at_every_site(kind: str) -> No
 
             # A masked score is -1e30: moving it changes nothing, in both.
             wanted = (moved(step) - moved(-step)) / (2 * step)
-            np.testing.assert_allclose(
-                gradient[place], wanted, rtol=1e-3, atol=1e-4, err_msg=f"{name} {place}"
-            )
+            np.testing.assert_allclose(gradient[place], wanted, rtol=1e-3, atol=1e-4, err_msg=f"{name} {place}")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -44,9 +44,7 @@ def add_run(runs, slug, *, seed=0, text="It holds.", figure="loss_by_step"):
     folder = runs / slug / f"smoke-{seed}"
     statuses = ("holds", "fails", "not_judged")
     claims = tuple(
-        ClaimResult(
-            id=status, statement=text, source="Table 1", status=status, observed="0.5 of 1", criterion="> 0"
-        )
+        ClaimResult(id=status, statement=text, source="Table 1", status=status, observed="0.5 of 1", criterion="> 0")
         for status in statuses
     )
     metrics = {"gain": Metric(0.125, ci95=(0.1, 0.2), n=7, unit="nats", per_seed=(0.1, 0.15))}

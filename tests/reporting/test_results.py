@@ -97,9 +97,7 @@ def test_record_has_exactly_the_documented_keys_and_survives_json():
     gain = Metric(0.5, ci95=(0.4, 0.6), n=3, unit="nats", per_seed=(0.4, 0.5, 0.6))
     metrics = {"gain": gain, "n": Metric(2.0)}
     made = record(metrics, judge_claims([claim()], metrics))
-    assert list(made) == (
-        "schema slug preset seed config device versions seconds metrics claims figures".split()
-    )
+    assert list(made) == ("schema slug preset seed config device versions seconds metrics claims figures".split())
     assert made["metrics"]["gain"] == {
         "value": 0.5,
         "ci95": [0.4, 0.6],

@@ -31,9 +31,7 @@ from mechlab.training.checkpoints import Checkpoints, load_edits, save_edits
 from tests.models.tiny import TOKENS, decoder
 
 # After a refused checkpoint orbax may close its event loop before its last reader has answered.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
 EDITS: dict[str, Any] = {
     "add": Add(jnp.arange(6.0).reshape(2, 3)),
@@ -50,9 +48,7 @@ EDITS: dict[str, Any] = {
     "noise per layer": Noise(jax.random.split(jax.random.key(3), 2), jnp.ones(2)),
     "chain": Chain((Add(jnp.ones(3)), Chain((Scale(2.0), Gate(jnp.ones(3), jnp.ones(3)))))),
     "empty chain": Chain(()),
-    "placed": Placed(
-        Add(jnp.ones((3, 2))), gate=jnp.eye(3)[1], start=jnp.ones((3, 1), int), head=jnp.ones((3, 4))
-    ),
+    "placed": Placed(Add(jnp.ones((3, 2))), gate=jnp.eye(3)[1], start=jnp.ones((3, 1), int), head=jnp.ones((3, 4))),
 }
 
 
@@ -93,9 +89,7 @@ def test_every_edit_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["edits.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "edit", [Add(jnp.float32(2)), Add(jnp.asarray(True)), project_out(jnp.ones(3))], ids=repr
-)
+@pytest.mark.parametrize("edit", [Add(jnp.float32(2)), Add(jnp.asarray(True)), project_out(jnp.ones(3))], ids=repr)
 def test_a_scalar_array_comes_back_as_a_scalar_array(edit: Any, tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": edit})
     assert_same(load_edits(tmp_path / "edits")[0]["logits"], edit)
@@ -135,9 +129,7 @@ def rewrite(path: Path, old: str, new: str) -> None:
     save_file(load_file(path), path, metadata=header)
 
 
-@pytest.mark.parametrize(
-    "name", ["os:system", "mechlab.core.edits:at", "mechlab.core.edits:Addd", "builtins:eval"]
-)
+@pytest.mark.parametrize("name", ["os:system", "mechlab.core.edits:at", "mechlab.core.edits:Addd", "builtins:eval"])
 def test_a_file_cannot_name_anything_but_an_edit(name: str, tmp_path: Path) -> None:
     save_edits(tmp_path / "edits", {"logits": Add(jnp.ones(2))})
     rewrite(tmp_path / "edits", "mechlab.core.edits:Add", name)

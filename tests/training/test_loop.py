@@ -23,9 +23,7 @@ from tests.training.problem import STEPS, Log
 OPTIMISERS: dict[str, optax.GradientTransformation] = {
     "adam": optax.adam(1e-2),
     "momentum": optax.sgd(1e-1, momentum=0.9, nesterov=True),
-    "adamw on a schedule": optax.adamw(
-        optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10), weight_decay=0.1
-    ),
+    "adamw on a schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 3, 10), weight_decay=0.1),
     "masked": optax.masked(optax.adam(1e-2), {"layer_0": True, "layer_1": {"bias": False, "kernel": True}}),
     "every third step": optax.MultiSteps(optax.adam(1e-2), 3).gradient_transformation(),
     "clipped chain": optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.5)),
@@ -59,9 +57,7 @@ def by_hand(optimiser: optax.GradientTransformation, batches: Batches, steps: in
 
 def assert_close(a: Any, b: Any, **tolerance: float) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, **({"rtol": 1e-5, "atol": 1e-6} | tolerance)), a, b
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **({"rtol": 1e-5, "atol": 1e-6} | tolerance)), a, b)
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -229,16 +225,12 @@ def test_fit_of_a_decoder_on_a_mesh_equals_one_device() -> None:
 
 def explode(step: int) -> Batches:
     """Batches that are 1 until ``step`` and 0 from there on."""
-    return Batches(
-        lambda key, first, count: first + jnp.arange(count), lambda i: jnp.where(i < step, 1.0, 0.0)
-    )
+    return Batches(lambda key, first, count: first + jnp.arange(count), lambda i: jnp.where(i < step, 1.0, 0.0))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step() -> None:
     for step in (0, 1, 6, 10):
-        with pytest.raises(
-            NonFiniteLoss, match=f"run: the loss is not finite at step {step}; there is no checkpoint"
-        ):
+        with pytest.raises(NonFiniteLoss, match=f"run: the loss is not finite at step {step}; there is no checkpoint"):
             fit(
                 key(),
                 lambda p, x: jnp.log(x) + p * 0,
@@ -272,18 +264,14 @@ def test_parameters_that_are_not_finite_after_the_last_step_stop_too(segment: in
         fit(key(), square_root, jnp.zeros(2), optax.sgd(0.1), problem.batches(), steps=1, segment=segment)
 
 
-def test_parameters_that_are_not_finite_are_never_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parameters_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechlab.training.loop.CHECKPOINT_SECONDS", -1.0)
 
     def loss(params: jax.Array, x: jax.Array) -> jax.Array:
         # 1 and then 0, always finite; the gradient at 0 is not, and 0 times infinity is NaN.
         return jnp.sqrt(x + params.sum())
 
-    with pytest.raises(
-        NonFiniteLoss, match=r"updated parameters .* step 3; the last good .* step 2"
-    ) as caught:
+    with pytest.raises(NonFiniteLoss, match=r"updated parameters .* step 3; the last good .* step 2") as caught:
         fit(
             key(),
             loss,

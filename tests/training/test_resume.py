@@ -24,9 +24,7 @@ from tests.training.problem import STEPS, Log
 from tests.training.test_loop import OPTIMISERS, assert_same
 
 # After a refused checkpoint orbax may close its event loop before its last reader has answered.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning")
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +37,7 @@ def _a_checkpoint_after_every_segment(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(log: Any = None, optimiser: Any = None, seed: int = problem.KEY_SEED, **options: Any) -> Fit:
     options = {"steps": STEPS, "segment": 2, "record": problem.record} | options
     optimiser = optimiser or optax.adam(1e-2)
-    return fit(
-        jax.random.key(seed), problem.loss, problem.params(), optimiser, problem.batches(), log=log, **options
-    )
+    return fit(jax.random.key(seed), problem.loss, problem.params(), optimiser, problem.batches(), log=log, **options)
 
 
 def stop_at(step: int) -> Callable[[int], None]:
@@ -94,9 +90,7 @@ def test_a_finished_run_is_read_not_repeated(tmp_path: Path, uninterrupted: Fit)
 def test_any_optimiser_resumes(name: str, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(Log(tmp_path, stop_at(6)), OPTIMISERS[name], record=None)
-    assert_same(
-        train(Log(tmp_path), OPTIMISERS[name], record=None), train(None, OPTIMISERS[name], record=None)
-    )
+    assert_same(train(Log(tmp_path), OPTIMISERS[name], record=None), train(None, OPTIMISERS[name], record=None))
 
 
 def test_many_lanes_resume_to_the_same_bits(tmp_path: Path) -> None:
@@ -104,9 +98,7 @@ def test_many_lanes_resume_to_the_same_bits(tmp_path: Path) -> None:
 
     def many(log: Any = None, **options: Any) -> Fit:
         keys = jax.random.split(jax.random.key(1), 2)
-        return fit_many(
-            keys, rates, problem.lane, steps=7, segment=2, record=problem.record, log=log, **options
-        )
+        return fit_many(keys, rates, problem.lane, steps=7, segment=2, record=problem.record, log=log, **options)
 
     with pytest.raises(KeyboardInterrupt):
         many(Log(tmp_path, stop_at(3)))
@@ -132,9 +124,7 @@ def test_a_checkpoint_of_another_key_is_refused(tmp_path: Path) -> None:
         train(Log(tmp_path), steps=2, seed=123)
 
 
-@pytest.mark.parametrize(
-    "change", [{"optimiser": optax.sgd(0.1)}, {"record": None}], ids=["optimiser", "record"]
-)
+@pytest.mark.parametrize("change", [{"optimiser": optax.sgd(0.1)}, {"record": None}], ids=["optimiser", "record"])
 def test_a_checkpoint_of_another_structure_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     train(Log(tmp_path))
     with pytest.raises(ValueError, match="another configuration"):
@@ -187,9 +177,7 @@ def test_a_run_that_meets_nan_keeps_its_last_good_checkpoint(tmp_path: Path) -> 
             name="grow",
         )
 
-    with pytest.raises(
-        NonFiniteLoss, match=r"grow: .* not finite at step \d+; the last good .* of step"
-    ) as e:
+    with pytest.raises(NonFiniteLoss, match=r"grow: .* not finite at step \d+; the last good .* of step") as e:
         run()
     store = Checkpoints(tmp_path / "grow")
     kept = store.latest()

@@ -41,9 +41,7 @@ class TunedLens:
     bias: Float[Array, "L D"]
 
 
-def residual_depths(
-    model: Model, variables: Variables, tokens: Int[Array, "B T"]
-) -> Float[Array, "L+1 B T D"]:
+def residual_depths(model: Model, variables: Variables, tokens: Int[Array, "B T"]) -> Float[Array, "L+1 B T D"]:
     """The residual stream at every depth: ``embed``, then ``resid_post`` of every layer, before the final norm."""
     _, acts = model.capture(variables, tokens, sites=("embed", "resid_post"))
     return jnp.concatenate([acts["embed"][None], acts["resid_post"]])

@@ -41,9 +41,7 @@ def at_read(x: Float[Array, "B T ..."], read: Read = -1) -> Float[Array, "B ..."
     return x[jnp.arange(len(x)), _positions(read, *x.shape[:2])]
 
 
-def logits_at(
-    model: Model, variables: Variables, tokens: Int[Array, "B T"], read: Read = -1
-) -> Float[Array, "B V"]:
+def logits_at(model: Model, variables: Variables, tokens: Int[Array, "B T"], read: Read = -1) -> Float[Array, "B V"]:
     """The logits at the position that is read; no other is unembedded, unless the final norm or the logits are edited.
 
     Args:

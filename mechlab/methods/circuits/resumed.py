@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MEMORY = 2**27
 """Bytes of activations that the cells of one chunk may take together, by default."""
 
+
 @struct.dataclass
 class Run:
     """An unpatched run, from which patched ones are resumed.

@@ -73,7 +73,7 @@ def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):
 def test_a_peer_that_ends_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
     script = tmp_path / "peer.py"
-    script.write_text("print('{\"version\": \"1\"}', flush=True)")
+    script.write_text('print(\'{"version": "1"}\', flush=True)')
     with running(script, ("numpy",), tmp_path) as peers:
         (label,) = peers
         with pytest.raises((RuntimeError, BrokenPipeError)):

@@ -32,9 +32,7 @@ def test_the_analysis_runs_and_its_identities_hold():
     model = transformer(llama(**sizes))
     lines: list[str] = []
     params = model.init(jax.random.key(1))
-    figures, numbers = find_circuit(
-        jax.random.key(0), model, params, tales.tokenizer, lens_steps=1, log=lines.append
-    )
+    figures, numbers = find_circuit(jax.random.key(0), model, params, tales.tokenizer, lens_steps=1, log=lines.append)
     assert {*figures} == {
         *("patching", "attribution_patching", "path_patching", "ablation", "lenses", "direct_attribution", "heads"),
         *("probes", "steering", "splice"),

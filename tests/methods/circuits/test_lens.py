@@ -99,9 +99,7 @@ def test_training_brings_every_depth_closer_to_the_output():
     tokens = jax.random.randint(jax.random.key(1), (64, 6), 0, 11)
     loss = tuned_lens_loss(model, params)
     start = identity_lens(3, 16)
-    trained = fit(
-        jax.random.key(2), loss, start, optax.adam(1e-2), shuffled({"tokens": tokens}, 32), steps=150
-    )
+    trained = fit(jax.random.key(2), loss, start, optax.adam(1e-2), shuffled({"tokens": tokens}, 32), steps=150)
     fresh = {"tokens": jax.random.randint(jax.random.key(3), (32, 6), 0, 11)}
     before, after = loss(start, fresh)[1]["kl"], loss(trained.params, fresh)[1]["kl"]
     assert (after < 0.6 * before).all(), (before, after)

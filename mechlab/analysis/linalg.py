@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -61,39 +60,39 @@ def truncated_svd(
     return u * jnp.where((fixed == v).all(-1), 1, -1)[..., None, :], s, fixed
 
 
-def randomized_svd(
-    key: jax.Array, matrix: Float[Array, "... N D"], rank: int, *, power: int = 2
+def randomised_svd(
+    key: jax.Array, matrix: Float[Array, "... N D"], rank: int, *, iterations: int = 4, oversample: int = 0
 ) -> tuple[Float[Array, "... N R"], Float[Array, "... R"], Float[Array, "... R D"]]:
-    """``truncated_svd`` from a random sketch: an orthonormal Q (N, q) near the range of M, then the SVD of QᵀM.
+    """``truncated_svd`` by a random projection and power iterations (Halko et al. 2011, arXiv 0909.4061, alg. 4.4).
 
-    The sketch has q = min(2 R, N, D) columns and is improved by power iterations, each with its own QR, so that the
-    gap between singular values R and q counts (2 power + 1)-fold. Halko, Martinsson and Tropp 2011, arXiv 0909.4061,
-    algorithms 4.4 and 5.1; the width of the sketch is that of LIFT's released code.
+    The matrix is multiplied 2 (iterations + 1) times by rank + oversample columns; exact up to rounding for a matrix
+    whose rank is no larger, else the nearer the faster the singular values fall.
 
     Args:
-      key: typed key, for the sketch.
-      matrix: (..., N, D), at least float32.
+      key: typed key, for the projection; shared by leading axes.
+      matrix: (..., N, D).
       rank: R, 1..min(N, D).
-      power: power iterations, at least 0.
+      iterations: q >= 0, each with an orthonormalisation on both sides.
+      oversample: further columns of the projection; at most min(N, D) are taken in all.
 
     Returns:
-      As ``truncated_svd``; equal to it up to rounding if q = min(N, D).
+      As ``truncated_svd``.
 
     Raises:
-      ValueError: a rank out of range, or negative iterations.
+      ValueError: a rank out of range, or a negative count.
     """
     most = min(np.shape(matrix)[-2:])
-    if not 1 <= rank <= most or power < 0:
-        raise ValueError(f"wanted a rank of 1..{most} for {np.shape(matrix)} and power >= 0, got {rank}, {power}.")
-    highest = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    across = jnp.swapaxes(matrix, -1, -2)
-    sketch = jax.random.normal(key, (*across.shape[:-1], min(2 * rank, most)), matrix.dtype)
-    basis = jnp.linalg.qr(highest(matrix, sketch))[0]
-    for _ in range(power):
-        basis = jnp.linalg.qr(highest(across, basis))[0]
-        basis = jnp.linalg.qr(highest(matrix, basis))[0]
-    u, s, v = truncated_svd(highest(jnp.swapaxes(basis, -1, -2), matrix), rank)
-    return highest(basis, u), s, v
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank must be 1..{most} for a matrix of shape {np.shape(matrix)}, got {rank}.")
+    if iterations < 0 or oversample < 0:
+        raise ValueError(f"iterations and oversample cannot be negative, got {iterations} and {oversample}.")
+    columns = min(most, rank + oversample)
+    transposed = jnp.swapaxes(matrix, -1, -2)
+    found = jnp.linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[-1], columns), matrix.dtype))[0]
+    for _ in range(iterations):
+        found = jnp.linalg.qr(matrix @ jnp.linalg.qr(transposed @ found)[0])[0]
+    u, s, v = truncated_svd(jnp.swapaxes(found, -1, -2) @ matrix, rank)
+    return found @ u, s, v
 
 
 def low_rank(matrix: Float[Array, "... N D"], rank: int) -> Float[Array, "... N D"]:

@@ -34,9 +34,10 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import checkify
 
-from mechlab.analysis.linalg import product, randomized_svd, truncated_svd
+from mechlab.analysis.linalg import product, randomised_svd, truncated_svd
 from mechlab.core.rng import stream
-from mechlab.methods.adaptation.sparse import Entries, Params, SparseState, carry, matrices, sparse_adam
+from mechlab.methods.adaptation.matrices import get_matrices
+from mechlab.methods.adaptation.sparse import Entries, Params, SparseState, carry, sparse_adam
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -80,7 +81,9 @@ def reduced(key: jax.Array | None, weights: Float[Array, "in out"], filter_: Fil
     """
     if filter_.power is None:
         return product(*truncated_svd(weights, filter_.rank))
-    return product(*randomized_svd(_needed(key), weights, filter_.rank, power=filter_.power))
+    return product(
+        *randomised_svd(_needed(key), weights, filter_.rank, iterations=filter_.power, oversample=filter_.rank)
+    )
 
 
 def from_part(part: Callable[[jax.Array | None, int, int], jax.Array]) -> Rule:
@@ -130,10 +133,9 @@ class Selection:
       budget_rank: R: as many entries as a LoRA of this rank has parameters.
       density: share of every kernel in (0, 1]; where given, it decides instead of ``budget_rank``.
       filter_rank: r of the rank reduction.
-      power: power iterations of a randomised SVD with 2 r columns; None for the exact SVD.
+      power: power iterations of a randomised SVD of 2 r columns; None for the exact SVD.
       rule: what makes an entry worth training.
-      pattern: glob over parameter paths (``core/select.py``). Kernels are (in, out), (L, in, out), or those of
-        attention, (L, D, H, K) and for a path ``.../o/kernel`` (L, H, K, D). Each layer is a matrix of its own.
+      pattern: glob over parameter paths (``core/select.py``); layouts as in ``matrices.py``.
     """
 
     budget_rank: int = 128
@@ -213,7 +215,7 @@ def choose(
       key: typed key for random rules and a randomised SVD; None otherwise.
       params: parameters of a model.
       selection: which entries.
-      evidence: per path what the rule has seen of gradients, shaped like ``matrices``.
+      evidence: per path what the rule has seen of gradients, shaped as in ``matrices.py``.
 
     Returns:
       ``{path: (..., k) int32}``.
@@ -224,7 +226,7 @@ def choose(
         with the path; a rule that lacks its key or evidence.
     """
     chosen = {}
-    for path, stack in matrices(params, selection.pattern).items():
+    for path, stack in get_matrices(params, selection.pattern).items():
         k = _checked_entries(path, stack, selection)
         one = functools.partial(
             principal_indices, k=k, filter_=Filter(selection.filter_rank, selection.power), rule=selection.rule
@@ -294,7 +296,7 @@ def lift(
     def init(params: Params) -> SparseState:
         evidence = {}
         if seen is not None:
-            evidence = jax.tree.map(jnp.zeros_like, matrices(params, selection.pattern))
+            evidence = jax.tree.map(jnp.zeros_like, get_matrices(params, selection.pattern))
         own = None if key is None else stream(key, "init")
         return adam(choose(own, params, selection, evidence)).init(params)._replace(evidence=evidence)
 
@@ -302,7 +304,7 @@ def lift(
         if params is None:
             raise ValueError("lift: update needs params, as in update(gradients, state, params).")
         if seen is not None:
-            gradients, weights = matrices(updates, selection.pattern), matrices(params, selection.pattern)
+            gradients, weights = get_matrices(updates, selection.pattern), get_matrices(params, selection.pattern)
             state = state._replace(evidence=jax.tree.map(seen, state.evidence, gradients, weights))
         # One step early, as released; and before a step rather than after the last one, which is the same, because the
         # weights are then those of the forward.
@@ -321,7 +323,7 @@ def lift(
 
 def _refresh(key: jax.Array | None, state: SparseState, params: Params, selection: Selection) -> SparseState:
     chosen = choose(key, params, selection, state.evidence)
-    for path, stack in matrices(params, selection.pattern).items():
+    for path, stack in get_matrices(params, selection.pattern).items():
         finite = jnp.isfinite(stack).all((-2, -1))
         checkify.debug_check(finite.all(), f'lift: "{path}" is not finite at a refresh.')
         chosen[path] = jnp.where(finite[..., None], chosen[path], state.idx[path])

@@ -10,8 +10,7 @@ its gradient g and t = 1, 2 ...::
 ε stands beside the uncorrected root, as in the AdamW of older transformers that LIFT's released code follows
 (Liu et al. 2025, arXiv 2506.00772); in optax it stands beside the corrected one.
 
-Kernels are (in, out), or (L, in, out) for layers that are scanned; of attention (L, D, H, K), and for a path that ends
-in ``o/kernel`` (L, H, K, D). Each layer is a matrix of its own.
+Layouts of kernels are those of ``matrices.py``; each layer is a matrix of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import optax
 
 from mechlab.core import select
 from mechlab.core.rng import stream
-from mechlab.core.select import as_matrix
+from mechlab.methods.adaptation.matrices import get_matrices
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -34,20 +33,6 @@ if TYPE_CHECKING:
 Params = Any
 Entries = Mapping[str, jax.Array]
 """``{path: (..., k) int32}``: flat indices into each matrix (in, out), row-major and increasing; layers lead."""
-
-
-def matrices(params: Params, pattern: str) -> dict[str, jax.Array]:
-    """The kernels as matrices, layers leading: q, k, v (L, D, H, K) become (L, D, H K), o (L, H, K, D) (L, H K, D).
-
-    Args:
-      params: parameters, or anything of their structure.
-      pattern: glob over parameter paths.
-
-    Raises:
-      KeyError: nothing matches.
-      ValueError: a matching leaf has another number of axes than 2, 3 or 4.
-    """
-    return {path: _matrix(path, kernel) for path, kernel in select.get(params, pattern).items()}
 
 
 class SparseState(NamedTuple):
@@ -94,7 +79,7 @@ def sparse_adam(
     """
 
     def init(params: Params) -> SparseState:
-        kernels = matrices(params, "|".join(entries))
+        kernels = get_matrices(params, "|".join(entries))
 
         def zeros(dtype: Any = None) -> dict[str, jax.Array]:
             wide = {path: dtype or jnp.promote_types(stack.dtype, jnp.float32) for path, stack in kernels.items()}
@@ -182,7 +167,7 @@ def hidden_channels(key: jax.Array, params: Params, share: float, *, pattern: st
     if not 0 < share <= 1:
         raise ValueError(f"hidden_channels: share must be in (0, 1], got {share}.")
     chosen = {}
-    for path, stack in matrices(params, pattern).items():
+    for path, stack in get_matrices(params, pattern).items():
         channels, outputs = stack.shape[-2:]
         scores = jax.random.uniform(stream(key, path), stack.shape[:-1])
         rows = jnp.sort(jax.lax.top_k(scores, math.ceil(share * channels - 1e-6))[1], -1)
@@ -223,15 +208,6 @@ def _found(old: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _carried(old: jax.Array, new: jax.Array, values: jax.Array) -> jax.Array:
     place, there = _found(old, new)
     return jnp.where(there, values[place], jnp.zeros((), values.dtype))
-
-
-def _matrix(path: str, kernel: jax.Array) -> jax.Array:
-    if jnp.ndim(kernel) == 4:
-        inputs = 2 if path.split("/")[-2:-1] == ["o"] else 1
-        return jax.vmap(lambda one: as_matrix(one, inputs=inputs))(kernel)
-    if jnp.ndim(kernel) not in (2, 3):
-        raise ValueError(f'"{path}" of shape {jnp.shape(kernel)} is no kernel: wanted 2 axes, or 3 or 4 with layers.')
-    return kernel
 
 
 def _gather(kernel: jax.Array, idx: jax.Array) -> jax.Array:

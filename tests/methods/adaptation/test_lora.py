@@ -1,15 +1,25 @@
-"""LoRA as an adapter: the battery of every adapter, and its own numbers."""
+"""LoRA and its variants as adapters: the battery of every adapter, the papers' starting points, and LoRA+'s rates."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mechlab.core import select
 from mechlab.core.transforms import AdapterState, on_state
-from mechlab.methods.adaptation.lora import lora, normal_init, uniform_init
+from mechlab.methods.adaptation.lora import (
+    dora,
+    lora,
+    lora_ga,
+    loraplus,
+    normal_init,
+    olora,
+    pissa,
+    uniform_init,
+)
 from mechlab.models.mlp import MLPConfig, mlp
 
 
@@ -90,3 +100,155 @@ def test_bad_input_is_refused(params):
         lora(1, pattern="**/bias").init(jax.random.key(0), params)
     with pytest.raises(KeyError, match="kernel"):
         lora(1, pattern="**/kernels").init(jax.random.key(0), params)
+
+
+def attention():
+    """Kernels in all four layouts."""
+    shapes = {"q": (2, 8, 2, 3), "o": (2, 2, 3, 8), "up": (2, 8, 10)}
+    kernels = {
+        name: {"kernel": jnp.asarray(np.random.default_rng(i).normal(size=shape), jnp.float32)}
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return {"blocks": kernels, "head": {"kernel": kernels["up"]["kernel"][0]}}
+
+
+def variants(params):
+    """Every variant, for rank 2; the gradients are any array of the right shape."""
+    return {
+        "lora": lora(2),
+        "dora": dora(2),
+        "pissa": pissa(2),
+        "pissa fast": pissa(2, iterations=4),
+        "olora": olora(2, alpha=3.0),
+        "lora_ga": lora_ga(2, jax.tree.map(lambda x: x[..., ::-1], params)),
+    }
+
+
+@pytest.mark.parametrize("name", variants(attention()))
+def test_every_variant_starts_at_the_base_and_trains_every_layout(name):
+    params = attention()
+    adapter = variants(params)[name]
+    state = adapter.init(jax.random.key(1), params)
+    merged = adapter.merge(params, state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), merged, params)
+    assert state.train["blocks/q/kernel"]["A"].shape == (2, 8, 2) and state.train["blocks/q/kernel"]["B"].shape == (
+        2,
+        2,
+        6,
+    )
+    assert state.train["blocks/o/kernel"]["A"].shape == (2, 6, 2) and state.train["blocks/o/kernel"]["B"].shape == (
+        2,
+        2,
+        8,
+    )
+    # Every trained number has an effect: no factor is used twice or dropped.
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, state.train)
+    loss = on_state(adapter, params, lambda p: sum((x**3).sum() for x in jax.tree.leaves(p)))
+    for gradient in jax.tree.leaves(jax.grad(loss)(moved, state.fixed)):
+        assert float(jnp.abs(gradient).min()) > 0
+
+
+def test_the_change_is_the_scaled_difference_from_the_start():
+    params = attention()
+    adapter = olora(2, alpha=3.0)
+    state = adapter.init(jax.random.key(0), params)
+    moved = AdapterState(jax.tree.map(lambda leaf: leaf + 0.2, state.train), state.fixed)
+    merged = adapter.merge(params, moved)["blocks"]["o"]["kernel"]
+    now, start = moved.train["blocks/o/kernel"], state.fixed["blocks/o/kernel"]
+    change = 1.5 * (now["A"] @ now["B"] - start["A"] @ start["B"])
+    np.testing.assert_allclose(
+        merged, params["blocks"]["o"]["kernel"] + change.reshape(2, 2, 3, 8), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_starting_points_are_the_papers(vectors):
+    """In the vectors' layout (out, in), through products and projectors, since signs are free."""
+    v = vectors("bone")
+    rank = int(v["rank"])
+    with jax.enable_x64(True):
+        params = {"kernel": jnp.asarray(v["W"].T)}
+
+        def start(adapter):
+            ab = adapter.init(jax.random.key(0), params).train["kernel"]
+            return np.asarray(ab["A"]), np.asarray(ab["B"])
+
+        a, b = start(pissa(rank))
+        np.testing.assert_allclose((a @ b).T, v["pissa_BA"], atol=1e-10)
+        np.testing.assert_allclose(v["W"] - (a @ b).T, v["pissa_residual"], atol=1e-10)
+        np.testing.assert_allclose(np.linalg.norm(a, axis=0), v["pissa_sqrtS"], atol=1e-10)
+        np.testing.assert_allclose(np.linalg.norm(b, axis=1), v["pissa_sqrtS"], atol=1e-10)
+        twice = start(pissa(rank, alpha=2 * rank))
+        np.testing.assert_allclose(2 * (twice[0] @ twice[1]).T, v["pissa_BA"], atol=1e-10)
+
+        a, b = start(olora(rank))
+        np.testing.assert_allclose((a @ b).T, v["olora_BA"], atol=1e-10)
+        np.testing.assert_allclose(v["W"] - (a @ b).T, v["olora_residual"], atol=1e-10)
+        np.testing.assert_allclose(b @ b.T, np.eye(rank), atol=1e-10)
+
+        a, b = start(lora_ga(rank, {"kernel": jnp.asarray(v["grad_W"].T)}, gamma=16.0))
+        c = 12**0.25 / 4
+        np.testing.assert_allclose(a @ a.T / c**2, v["loraga_A_rowspace_proj"], atol=1e-8)
+        np.testing.assert_allclose(b.T @ b / c**2, v["loraga_B_colspace_proj"], atol=1e-8)
+
+
+def test_lora_ga_scales_by_the_root_of_the_rank():
+    params = attention()
+    adapter = lora_ga(2, params, alpha=6.0, pattern="head/kernel")
+    state = adapter.init(jax.random.key(0), params)
+    ab = state.train["head/kernel"]
+    moved = AdapterState({"head/kernel": {"A": ab["A"], "B": ab["B"] + 1}}, state.fixed)
+    change = adapter.merge(params, moved)["head"]["kernel"] - params["head"]["kernel"]
+    np.testing.assert_allclose(change, 6 / np.sqrt(2) * ab["A"].sum(1, keepdims=True) * jnp.ones(10), rtol=1e-4)
+
+
+def test_dora_trains_lengths_apart_from_directions():
+    params = {"kernel": attention()["head"]["kernel"]}
+    adapter = dora(2)
+    train = adapter.init(jax.random.key(0), params).train["kernel"]
+    np.testing.assert_allclose(train["m"], np.linalg.norm(params["kernel"], axis=0), rtol=1e-6)
+    moved = AdapterState({"kernel": {"A": train["A"], "B": train["B"] + 0.3, "m": 2 * train["m"]}})
+    merged = adapter.merge(params, moved)["kernel"]
+    np.testing.assert_allclose(np.linalg.norm(merged, axis=0), 2 * train["m"], rtol=1e-5)
+    direction = params["kernel"] + train["A"] @ (train["B"] + 0.3)
+    np.testing.assert_allclose(
+        merged / jnp.linalg.norm(merged, axis=0), direction / jnp.linalg.norm(direction, axis=0), rtol=1e-4
+    )
+    # No gradient through the norm: that of A is along m / |V| alone.
+    gradient = jax.grad(lambda ab: adapter.merge(params, AdapterState({"kernel": ab}))["kernel"].sum())(
+        moved.train["kernel"]
+    )
+    weights = moved.train["kernel"]["m"] / jnp.linalg.norm(direction, axis=0)
+    np.testing.assert_allclose(gradient["A"], jnp.ones((8, 1)) * (moved.train["kernel"]["B"] @ weights), rtol=1e-4)
+
+
+def test_loraplus_moves_b_sixteen_times_as_fast():
+    params = attention()
+    train = lora(2).init(jax.random.key(0), params).train
+    optimiser = loraplus(0.5, optimiser=optax.sgd)
+    updates, _ = optimiser.update(jax.tree.map(jnp.ones_like, train), optimiser.init(train), train)
+    for ab in updates.values():
+        assert float(ab["A"].max()) == float(ab["A"].min()) == -0.5
+        assert float(ab["B"].max()) == float(ab["B"].min()) == -8.0
+
+
+def test_variants_refuse_what_they_cannot_start_from():
+    params = attention()
+    key = jax.random.key(0)
+    for make in (dora, pissa, olora, lambda rank: lora_ga(rank, params)):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            make(0)
+    for make in (dora, pissa, olora):
+        with pytest.raises(ValueError, match='rank 7 is above what "blocks/'):
+            make(7).init(key, params)
+    with pytest.raises(ValueError, match="rank 4 is above half of"):
+        lora_ga(4, params).init(key, params)
+    with pytest.raises(ValueError, match="gradients of the loss at the base are needed"):
+        lora_ga(1, None)
+    with pytest.raises(ValueError, match=r'"head/kernel" needs a gradient of shape \(8, 10\), got none'):
+        lora_ga(1, {"blocks": params["blocks"]}).init(key, params)
+    with pytest.raises(ValueError, match="gamma must be positive"):
+        lora_ga(1, params, gamma=0.0)
+    with pytest.raises(ValueError, match="ratio must be positive"):
+        loraplus(0.1, ratio=0.0)
+    with pytest.raises(ValueError, match='"kernel" has an output whose weights are all zero'):
+        dora(1).init(key, {"kernel": jnp.zeros((3, 3))})

@@ -17,7 +17,6 @@ from mechlab.methods.adaptation.sparse import (
     entry_mask,
     hidden_channels,
     jaccard,
-    matrices,
     optimiser_bytes,
     perturb_selected,
     sparse_adam,
@@ -104,5 +103,3 @@ def test_bad_input_is_refused():
         sparse_adam(0.1, {DOWN: jnp.arange(3)}).init(PARAMS)
     with pytest.raises(ValueError, match="update needs params"):
         sparse_adam(0.1, entries_of([0], [1])).update(PARAMS, None)
-    with pytest.raises(ValueError, match='"bias" of shape'):
-        matrices(PARAMS, "bias")

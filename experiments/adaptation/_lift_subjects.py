@@ -88,8 +88,8 @@ def subtractions(key: jax.Array, n: int) -> Rows:
     prompts = [_digits(a, 2), _sign(MINUS, a), _digits(b, 2), _sign(MINUS, a), _digits(c, 2), _sign(EQUALS, a)]
     d = a - b
     answers = [_digits(d, 2), _sign(MINUS, a), _digits(c, 2), _sign(EQUALS, a), _digits(d - c, 2), _sign(STOP, a)]
-    both = (np.asarray(jnp.concatenate(parts, -1)) for parts in (prompts, answers))
-    return answer_rows(*(list(rows) for rows in both), LENGTH)
+    before, after = (list(np.asarray(jnp.concatenate(parts, -1))) for parts in (prompts, answers))
+    return answer_rows(before, after, LENGTH)
 
 
 def decoder(key: jax.Array, config: Config, log: Log) -> Subject:
@@ -113,9 +113,10 @@ def decoder(key: jax.Array, config: Config, log: Log) -> Subject:
         start = model.init(jax.random.wrap_key_data(key))
         return Job(lambda params, rows: token_loss(apply, params, rows), start, optax.adam(rate), generated(mixed))
 
-    inits = jax.vmap(lambda s: jax.random.key_data(stream(seeds, "init", s)))(jnp.arange(config.seeds))
-    keys = jax.vmap(lambda s: stream(seeds, "batches", s))(jnp.arange(config.seeds))
-    bases = fit_many(keys, inits, build, steps=config.source_steps, log=log, name="base").params
+    inits = jax.vmap(lambda s: jax.random.key_data(stream(seeds, "init", s)))(jnp.arange(config.bases))
+    keys = jax.vmap(lambda s: stream(seeds, "batches", s))(jnp.arange(config.bases))
+    found = fit_many(keys, inits, build, steps=config.source_steps, log=log, name="base").params
+    bases = jax.tree.map(lambda leaf: leaf[jnp.arange(config.seeds) % config.bases], found)
 
     held = config.held_out
     rows = subtractions(target, config.examples + 2 * held)
@@ -157,7 +158,7 @@ def planted(key: jax.Array, config: Config, log: Log) -> Subject:
         base = {"layer_0": {"kernel": w, "bias": jnp.zeros(outside)}, "layer_1": head}
         return base, base | {"layer_0": base["layer_0"] | {"kernel": turned}}
 
-    bases, teachers = jax.vmap(lambda s: one(stream(key, "planted", s)))(jnp.arange(config.seeds))
+    bases, teachers = jax.jit(jax.vmap(lambda s: one(stream(key, "planted", s))))(jnp.arange(config.seeds))
 
     def data(name: str, n: int) -> dict[str, jax.Array]:
         return {"x": jax.random.normal(stream(key, name), (n, inside))}

@@ -310,11 +310,11 @@ def lift(
         # weights are then those of the forward.
         due = jnp.zeros((), bool)
         if refresh_every is not None:
-            due = (state.count > 0) & ((state.count + 1) % refresh_every == 0)
+            due = (state.steps > 0) & ((state.steps + 1) % refresh_every == 0)
         if seen is not None:
-            due |= state.count == 0
+            due |= state.steps == 0
         if refresh_every is not None or seen is not None:
-            own = None if key is None else jax.random.fold_in(stream(key, "refresh"), state.count)
+            own = None if key is None else jax.random.fold_in(stream(key, "refresh"), state.steps)
             state = jax.lax.cond(due, lambda s: _refresh(own, s, params, selection), lambda s: s, state)
         return adam(state.idx).update(updates, state, params)
 

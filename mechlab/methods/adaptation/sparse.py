@@ -39,14 +39,14 @@ class SparseState(NamedTuple):
     """State of the sparse Adam: two numbers and an index per trained entry.
 
     Attributes:
-      count: steps made.
+      steps: made so far.
       idx: entries, (..., k) int32 by path.
       m, v: moments of these entries, (..., k) float32 by path.
       age: steps since an entry was chosen, (..., k) int32 by path; empty without ``per_entry_bias_correction``.
       evidence: dense, by path, for rules that read gradients; else empty.
     """
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     idx: dict[str, jax.Array]
     m: dict[str, jax.Array]
     v: dict[str, jax.Array]
@@ -95,23 +95,23 @@ def sparse_adam(
     def update(updates: Any, state: SparseState, params: Params | None = None) -> tuple[Any, SparseState]:
         if params is None:
             raise ValueError("sparse_adam: update needs params, as in update(gradients, state, params).")
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        rate = learning_rate(state.steps) if callable(learning_rate) else learning_rate
         paths = "|".join(state.idx)
         kernels, gradients = select.get(params, paths), select.get(updates, paths)
         m, v, changes = {}, {}, {}
-        age = {path: steps + 1 for path, steps in state.age.items()}
+        age = {path: own + 1 for path, own in state.age.items()}
         for path, idx in state.idx.items():
             g = _gather(gradients[path], idx).astype(state.m[path].dtype)
             m[path] = b1 * state.m[path] + (1 - b1) * g
             v[path] = b2 * state.v[path] + (1 - b2) * jnp.square(g)
-            t = age.get(path, state.count + 1).astype(g.dtype)
+            t = age.get(path, state.steps + 1).astype(g.dtype)
             scale = jnp.sqrt(1 - b2**t) / (1 - b1**t)
             change = -rate * scale * m[path] / (jnp.sqrt(v[path]) + eps)
             if weight_decay:
                 change = change - rate * weight_decay * _gather(kernels[path], idx)
             changes[path] = _scatter(change.astype(kernels[path].dtype), idx, kernels[path])
         sparse = select.put(jax.tree.map(jnp.zeros_like, params), changes)
-        return sparse, state._replace(count=optax.safe_increment(state.count), m=m, v=v, age=age)
+        return sparse, state._replace(steps=optax.safe_increment(state.steps), m=m, v=v, age=age)
 
     return optax.GradientTransformation(init, update)
 

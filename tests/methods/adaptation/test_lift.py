@@ -274,7 +274,7 @@ def test_a_matrix_that_is_not_finite_keeps_its_entries_and_fails_under_checkify(
     selection = Selection(density=0.2, filter_rank=1, pattern=ALL)
     optimiser = lift(0.1, selection, refresh_every=1)
     weights = jnp.asarray(RNG.normal(size=(2, 5, 4)), jnp.float32)
-    state = optimiser.init({"kernel": weights})._replace(count=jnp.asarray(1))
+    state = optimiser.init({"kernel": weights})._replace(steps=jnp.asarray(1))
     broken = {"kernel": weights.at[1, 0, 0].set(jnp.nan)[:, ::-1]}
     gradients = jax.tree.map(jnp.ones_like, broken)
     _, after = jax.jit(optimiser.update)(gradients, state, broken)
@@ -290,7 +290,7 @@ def test_a_late_entry_starts_with_a_jump_unless_its_bias_is_corrected():
         selection = Selection(density=1 / 9, filter_rank=3, pattern=ALL)
         optimiser = lift(1.0, selection, refresh_every=None, per_entry_bias_correction=corrected)
         params = {"kernel": jnp.asarray(weights)}
-        state = optimiser.init(params)._replace(count=jnp.asarray(10_000))
+        state = optimiser.init(params)._replace(steps=jnp.asarray(10_000))
         state = carry(state, {"kernel": jnp.asarray([4], jnp.int32)})
         updates, _ = optimiser.update({"kernel": jnp.ones((3, 3))}, state, params)
         assert float(-updates["kernel"][1, 1]) == pytest.approx(size, rel=1e-3)

@@ -112,13 +112,9 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
 
 def rule_arm(lab: Lab, rule: Rule, *, refresh: int | None, **other: Any) -> SparseArm:
     """An arm of ``lift.choose``; ``other`` replaces fields of its ``Selection``."""
-    config = lab.config
-    settings: dict[str, Any] = {
-        "density": config.density,
-        "filter_rank": config.filter_rank,
-        "pattern": lab.subject.pattern,
-    }
-    selection = Selection(**(settings | {"rule": rule} | other))
+    defaults = {"density": lab.config.density, "filter_rank": lab.config.filter_rank, "pattern": lab.subject.pattern}
+    settings: dict[str, Any] = {**defaults, "rule": rule, **other}
+    selection = Selection(**settings)
     return SparseArm(lambda key, params, seen: lift.choose(key, params, selection, seen), refresh, rule)
 
 

@@ -11,6 +11,7 @@ are lanes of one program::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -114,11 +115,12 @@ def finetune(
     apply: Apply,
     params: Any,
     adapter: Adapter,
-    rows: Rows,
+    rows: Any,
     *,
     steps: int,
     batch: int,
     optimiser: Optimiser | None = None,
+    loss: Callable[[Apply, Any, Any], jax.Array] | None = None,
     segment: int | None = None,
     record: Callable[[Any], Any] | None = None,
     log: Progress | None = None,
@@ -131,9 +133,10 @@ def finetune(
       rates: (lanes,) learning rates.
       apply, params: the base model; ``params`` is not changed, and gets no gradient unless the adapter trains it.
       adapter: what is trained: any ``Adapter``, or ``whole``.
-      rows: training rows.
+      rows: training rows; with a loss of your own any pytree of arrays (N, ...).
       steps, batch: updates, and rows in each.
       optimiser: AdamW with a cosine by default; its own ``update`` sees ``state.train`` as the parameters.
+      loss: ``loss(apply, params, batch)``; ``token_loss`` by default.
       segment, record, log, name: as in ``fit_many``; ``record`` is given ``state.train``.
 
     Returns:
@@ -143,10 +146,10 @@ def finetune(
     starts = jax.jit(jax.vmap(lambda key: adapter.init(stream(key, "init"), params)))(keys)
 
     def build(lane: Any) -> Job:
-        def loss(train: Any, batch: Rows) -> jax.Array:
-            return token_loss(apply, adapter.merge(params, AdapterState(train, lane["fixed"])), batch)
+        def of_state(train: Any, batch: Any) -> jax.Array:
+            return (loss or token_loss)(apply, adapter.merge(params, AdapterState(train, lane["fixed"])), batch)
 
-        return Job(loss, lane["train"], make(lane["rate"]), shuffled(rows, batch))
+        return Job(of_state, lane["train"], make(lane["rate"]), shuffled(rows, batch))
 
     lanes = {"train": starts.train, "fixed": starts.fixed, "rate": jnp.asarray(rates)}
     batches = jax.vmap(lambda key: stream(key, "batches"))(keys)
@@ -158,9 +161,9 @@ def held_out_loss(
     apply: Apply, params: Any, adapter: Adapter, states: AdapterState, rows: Rows, *, chunk: int = 64
 ) -> np.ndarray:
     """Mean cross-entropy (lanes,) over all tokens to be predicted, nats; ``chunk`` rows per forward of all lanes."""
-    summed = jax.jit(jax.vmap(lambda state, rows: _nats(apply, adapter.merge(params, state), rows), (0, None)))
+    merged = jax.jit(jax.vmap(lambda state: adapter.merge(params, state)))(states)
     parts = [
-        summed(states, jax.tree.map(lambda x, at=at: x[at : at + chunk], rows))
+        _lane_nats(apply, merged, jax.tree.map(lambda x, at=at: x[at : at + chunk], rows))
         for at in range(0, len(rows.tokens), chunk)
     ]
     totals, counts = (np.sum([np.asarray(part[i]) for part in parts], axis=0) for i in (0, 1))
@@ -201,6 +204,12 @@ def exact_match(
             for lane in written
         ]
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _lane_nats(apply: Apply, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """``_nats`` of every lane's parameters; one program for all methods."""
+    return jax.vmap(lambda one: _nats(apply, one, rows))(params)
 
 
 def _nats(apply: Apply, params: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:

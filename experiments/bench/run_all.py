@@ -1,7 +1,7 @@
 """``python -m experiments bench all``: every device check and benchmark, one process each, within a time limit each.
 
 On an accelerator the limits add up to less than nine minutes. A benchmark that fails or runs out of time is reported as
-such and does not stop the others. Peers in other interpreters (``bench patching``, ``bench ibp``) are left out here.
+such and does not stop the others. Peers in other interpreters (``bench patching``, ``ibp``, ``adapters``) are left out.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from mechlab.reporting.results import write_json
 
 LIMITS: dict[str, int] = {
     "device": 125,
-    "core": 165,
+    "core": 155,
     "training": 80,
     "patching": 80,
     "patching_maps": 30,
     "rational": 30,
     "ibp": 25,
+    "adapters": 10,
 }
 """Seconds for each benchmark, in the order in which they run; 535 in all."""
 
@@ -38,6 +39,7 @@ ON_CPU: dict[str, int] = {
     "patching_maps": 300,
     "rational": 120,
     "ibp": 240,
+    "adapters": 240,
 }
 """The same for the preset "cpu"."""
 

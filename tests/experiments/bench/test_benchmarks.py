@@ -115,3 +115,20 @@ def test_a_benchmark_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monk
     found = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
     assert found["no_such"]["status"].startswith("failed")
     assert found["device"]["status"] == "stopped at its limit of 1 s"
+
+
+@pytest.mark.slow
+@pytest.mark.oracle
+def test_adapters_take_the_steps_that_peft_takes(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    record = run("adapters", tmp_path)
+    (label,) = record["machine"]["peers"]
+    for name, found in record["steps"].items():
+        ours, theirs = found["losses"]["ours"], found["losses"][label]
+        # LoRA's A is drawn, and differs; before the first step it has no effect.
+        checked = 1 if name in ("lora", "dora") else len(ours)
+        assert ours[:checked] == pytest.approx(theirs[:checked], rel=1e-5), name
+        assert ours[-1] < ours[0]
+    serving = record["serving"]
+    assert max(serving["largest difference of logits"].values()) < 1e-5 < serving["largest effect of the adapters"]

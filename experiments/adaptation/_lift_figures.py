@@ -128,9 +128,10 @@ def mask_map(chosen: Mapping[str, Any]) -> Figure:
         np.where(kind == 0, np.nan, kind),
         xlabel="output",
         ylabel="input",
-        colour_label="1: |W| only, 2: |W_r| only, 3: both",
-        title="chosen entries of one kernel (grey: none)",
+        colour_label="chosen by magnitude",
+        title="entries of one kernel (grey: not chosen)",
     )
+    figure.axes[-1].set_yticks([1, 2, 3], ["of W", "of W_r", "of both"])
     figure.set_size_inches(8, 5)
     return figure
 

@@ -105,8 +105,9 @@ def decoder(key: jax.Array, config: Config, log: Log) -> Subject:
 
     def mixed(key: jax.Array) -> Rows:
         sums, texts = streams(key, "sums texts")
-        tokens, answered = additions(sums, config.source_batch // 2)
-        return _stacked(_rows(tokens, answered), text_rows(strings(texts, transitions, config.source_batch // 2)))
+        spelled = config.source_batch // 4
+        tokens, answered = additions(sums, config.source_batch - spelled)
+        return _stacked(_rows(tokens, answered), text_rows(strings(texts, transitions, spelled)))
 
     def build(key: jax.Array) -> Job:
         rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, config.source_steps // 20, config.source_steps)

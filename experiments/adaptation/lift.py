@@ -5,7 +5,7 @@
 
 A decoder of two layers is trained on Markov strings and two-digit sums (the source), then fine-tuned on 400 worked
 chains of subtractions (the target), by every rule of choosing 5 % of its kernels' entries, by LoRA of as many
-numbers, and in full. Every arm gets the same steps and three learning rates; its best is chosen on validation chains.
+numbers, and in full. Every arm gets the same steps and as many learning rates; its best is chosen on validation chains.
 Retention is the exact match of held-out sums after fine-tuning, as a share of the base's.
 
 The paper's own numbers are of 1 to 8 billion parameters. Ours are on docs/papers/lift.md.
@@ -49,7 +49,7 @@ class Config:
       layers, width, hidden: sizes; of the MLP its inputs and hidden units.
       bases: how many bases are trained; seeds share them in turn.
       seeds: of fine-tuning.
-      source_steps, source_batch: the base's training; rows in a step, half strings and half sums.
+      source_steps, source_batch: the base's training; rows in a step, a quarter strings and the rest sums.
       examples: of the target, to train on.
       held_out: rows of each test and validation set.
       steps, batch: of every fine-tuning.
@@ -73,7 +73,7 @@ class Config:
     hidden: int = 256
     bases: int = 1
     seeds: int = 3
-    source_steps: int = 1200
+    source_steps: int = 1300
     source_batch: int = 64
     examples: int = 400
     held_out: int = 200
@@ -89,7 +89,7 @@ class Config:
     sparse_rate: float = 6e-3
     adapter_rate: float = 6e-3
     full_rate: float = 2e-3
-    rate_factors: tuple[float, ...] = (1 / 3, 1.0, 3.0)
+    rate_factors: tuple[float, ...] = (0.5, 2.0)
     filter_ranks: tuple[int, ...] = (2, 32)
     refreshes: tuple[int, ...] = ()
     parts: tuple[str, ...] = ()
@@ -105,8 +105,8 @@ class Config:
         if "lift" not in self.rules:
             problems.append('rules must contain "lift", the method of the paper')
         counts = (self.layers, self.width, self.hidden, self.bases, self.seeds, self.examples, self.batch, self.draws)
-        if min(counts) < 1 or self.held_out < 2 or self.source_batch < 2:
-            problems.append("sizes, seeds, examples, batches and draws must be at least 1, test and source rows 2")
+        if min(counts) < 1 or self.held_out < 2 or self.source_batch < 4:
+            problems.append("sizes, seeds, examples, batches and draws must be at least 1, test rows 2, source rows 4")
         if self.steps < 2 or self.refresh < 2:
             problems.append("steps and refresh must be at least 2")
         if not self.rate_factors or min(self.rate_factors) <= 0:
@@ -125,6 +125,7 @@ _EVERYTHING: dict[str, Any] = {
     "parts": tuple(work.PARTS),
     "densities": (0.01, 0.2),
     "mlp_only": True,
+    "rate_factors": (1 / 3, 1.0, 3.0),
 }
 
 PRESETS: dict[str, Config] = {

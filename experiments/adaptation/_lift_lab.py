@@ -283,13 +283,13 @@ def perturbation(lab: Lab, arms: Mapping[str, Trained]) -> dict[str, np.ndarray]
     def one(key: jax.Array, base: Any, entries: Entries) -> jax.Array:
         weights = get_matrices(base, subject.pattern).values()
         unit = jnp.sqrt(jnp.mean(jnp.concatenate([jnp.square(w).reshape(-1) for w in weights])))
-        draws = jax.vmap(lambda i: stream(key, "noise", i))(jnp.arange(config.draws))
-        grid = jnp.repeat(sigmas, config.draws) * unit, jnp.tile(draws, len(sigmas))
-        # Noise of size 0 comes first: the base as it is.
-        grid = jnp.concatenate([jnp.zeros(1), grid[0]]), jnp.concatenate([draws[:1], grid[1]])
+        # Noise of size 0 comes first: the base as it is. The same draws serve every size and every arm.
+        sizes = jnp.concatenate([jnp.zeros(1), jnp.repeat(sigmas, config.draws) * unit])
+        grid = sizes, jnp.concatenate([jnp.zeros(1, int), jnp.tile(jnp.arange(config.draws), len(sigmas))])
 
         def loss(noise: Any) -> jax.Array:
-            return subject.held_out(perturb_selected(noise[1], base, entries, noise[0]))["source"]
+            draw = stream(key, "noise", noise[1])
+            return subject.held_out(perturb_selected(draw, base, entries, noise[0]))["source"]
 
         losses = jax.lax.map(loss, grid)
         return losses[1:].reshape(len(sigmas), config.draws).mean(1) - losses[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.adaptation._lift_subjects import Subject, batches, decoder, planted
+from experiments.adaptation._lift_subjects import Subject, batches, checkpoint, decoder, planted
 from mechlab.analysis.linalg import numerical_rank
 from mechlab.analysis.subspaces import energy_inside, subspace_overlap
 from mechlab.core.rng import stream
@@ -105,7 +105,7 @@ class Trained:
 
 def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
     """Make the subject, with its trained base."""
-    make = planted if config.subject == "planted" else decoder
+    make = {"planted": planted, "decoder": decoder}.get(config.subject, checkpoint)
     keys = jax.vmap(lambda s: stream(key, "seed", s))(jnp.arange(config.seeds))
     return Lab(config, log, make(stream(key, "subject"), config, log), keys)
 

@@ -1,4 +1,5 @@
-"""What the LIFT experiment fine-tunes: a small decoder that can add and is to learn to subtract, and a planted MLP.
+"""What the LIFT experiment fine-tunes: a small decoder that can add and is to learn to subtract, a planted MLP, or a
+checkpoint that is to learn the answers of GSM8K.
 
 A subject has something to forget (the source, which its base was trained on) and something to learn (the target).
 """
@@ -6,6 +7,8 @@ A subject has something to forget (the source, which its base was trained on) an
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +19,12 @@ import optax
 
 from experiments.finetuning import Rows, answer_rows, text_rows, token_loss
 from mechlab.core.rng import stream, streams
+from mechlab.data.text import load_problems
 from mechlab.methods.adaptation.lift import LINEAR
+from mechlab.models import hub
+from mechlab.models.generate import generate
 from mechlab.models.mlp import MLPConfig, mlp
+from mechlab.models.subjects import load_stories260k
 from mechlab.models.transformer import llama, transformer
 from mechlab.reporting.log import Log
 from mechlab.training.batches import generated, shuffled
@@ -121,10 +128,7 @@ def decoder(key: jax.Array, config: Config, log: Log) -> Subject:
 
     held = config.held_out
     rows = subtractions(target, config.examples + 2 * held)
-    train, validation, chains = (
-        jax.tree.map(lambda x, a=a, b=b: x[a:b], rows)
-        for a, b in zip((0, config.examples, config.examples + held), (config.examples, -held, None), strict=True)
-    )
+    train, validation, chains = _three(rows, config.examples, held)
     sums, texts = streams(test, "sums texts")
     tokens, answered = additions(sums, held // 2)
     sums_rows, texts_rows = _rows(tokens, answered), text_rows(strings(texts, transitions, held // 2))
@@ -192,6 +196,53 @@ def planted(key: jax.Array, config: Config, log: Log) -> Subject:
     return Subject(both, "base/*/kernel", loss, data("train", config.examples), held_out, "squared error")
 
 
+def checkpoint(key: jax.Array, config: Config, log: Log) -> Subject:
+    """stories260K or a model of the hub; the target are answers of GSM8K, the source is text that the base writes.
+
+    Questions are cut to their last tokens and answers to what fits. The scores are shares of tokens that are likeliest.
+    """
+    model: Any
+    if config.subject == "stories260k":
+        model, params, vocabulary = load_stories260k()
+        encode = functools.partial(vocabulary.encode, begin=False)
+    else:
+        model, params, tokenizer = hub.load(config.subject, dtype="bfloat16")
+        encode = tokenizer.encode
+
+    def apply(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: jax.Array = model.apply({"params": params}, tokens)
+        return logits
+
+    held, length = config.held_out, config.length
+    train, test = load_problems()
+    pairs = train[: config.examples + held] + test[:held]
+    prompts = [list(encode(question + "\n"))[-(length // 2) :] for question, _ in pairs]
+    answers = [list(encode(answer))[: length - len(prompt)] for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    rows = answer_rows(prompts, answers, length)
+    first, validation, answered = _three(rows, config.examples, held)
+
+    start = jnp.tile(jnp.asarray(list(encode("Once upon a time"))), (held, 1))
+    texts = generate(model, {"params": params}, start, key=key, steps=length - start.shape[1]).tokens
+    own = text_rows(texts)
+
+    def likeliest(params: Any, rows: Rows) -> jax.Array:
+        right = apply(params, rows.tokens)[:, :-1].argmax(-1) == rows.tokens[:, 1:]
+        return 100 * (right * rows.mask[:, 1:]).sum() / rows.mask[:, 1:].sum()
+
+    def held_out(params: Any) -> dict[str, jax.Array]:
+        return {
+            "validation": token_loss(apply, params, validation),
+            "target": token_loss(apply, params, answered),
+            "score": likeliest(params, answered),
+            "source_score": likeliest(params, own),
+            "source": token_loss(apply, params, own),
+        }
+
+    log.say(f"{config.subject}: {len(first.tokens)} problems of {length} tokens to train on")
+    bases = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (config.seeds, *leaf.shape)), params)
+    return Subject(bases, LINEAR, lambda params, batch: token_loss(apply, params, batch), first, held_out, "nats")
+
+
 def batches(subject: Subject, batch: int) -> Any:
     """Shuffled batches of the target's training data."""
     return shuffled(subject.train, batch)
@@ -208,6 +259,12 @@ def _right(apply: Callable[..., jax.Array], params: Any, rows: Rows, answers: in
 
 def _rows(tokens: jax.Array, mask: jax.Array) -> Rows:
     return Rows(tokens, mask.astype(jnp.float32), jnp.ones(len(tokens), jnp.int32))
+
+
+def _three(rows: Rows, train: int, held: int) -> list[Rows]:
+    """The first rows to train on, then two held-out parts of equal size."""
+    cuts = itertools.pairwise((0, train, train + held, train + 2 * held))
+    return [jax.tree.map(lambda x, a=a, b=b: x[a:b], rows) for a, b in cuts]
 
 
 def _stacked(a: Rows, b: Rows) -> Rows:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ class Config:
     """One run.
 
     Attributes:
-      subject: the decoder that can add, or a planted MLP.
+      subject: "decoder", which can add; "planted", an MLP; "stories260k"; or the hub id of a decoder. The last two
+        learn answers of GSM8K.
+      length: tokens of a row of GSM8K.
       layers, width, hidden: sizes; of the MLP its inputs and hidden units.
       bases: how many bases are trained; seeds share them in turn.
       seeds: of fine-tuning.
@@ -67,7 +69,8 @@ class Config:
       sigmas, draws: noise of the perturbation analysis, in units of the kernels' root mean square.
     """
 
-    subject: Literal["decoder", "planted"] = "decoder"
+    subject: str = "decoder"
+    length: int = 128
     layers: int = 2
     width: int = 96
     hidden: int = 256
@@ -104,9 +107,15 @@ class Config:
         problems += [f"unknown part {name!r}" for name in self.parts if name not in work.PARTS]
         if "lift" not in self.rules:
             problems.append('rules must contain "lift", the method of the paper')
-        counts = (self.layers, self.width, self.hidden, self.bases, self.seeds, self.examples, self.batch, self.draws)
-        if min(counts) < 1 or self.held_out < 2 or self.source_batch < 4:
-            problems.append("sizes, seeds, examples, batches and draws must be at least 1, test rows 2, source rows 4")
+        sizes = (self.length, self.layers, self.width, self.hidden, self.lora_rank)
+        if (
+            min(*sizes, self.bases, self.seeds, self.examples, self.batch, self.draws) < 1
+            or self.held_out < 2
+            or self.source_batch < 4
+        ):
+            problems.append(
+                "lengths, sizes, seeds, examples, batches and draws must be at least 1, test rows 2, source rows 4"
+            )
         if self.steps < 2 or self.refresh < 2:
             problems.append("steps and refresh must be at least 2")
         if not self.rate_factors or min(self.rate_factors) <= 0:
@@ -120,7 +129,7 @@ class Config:
 _EVERYTHING: dict[str, Any] = {
     "rules": RULE_ARMS,
     "adapters": ADAPTERS,
-    "filter_ranks": (2, 32, 96),
+    "filter_ranks": (2, 32),
     "refreshes": (10,),
     "parts": tuple(work.PARTS),
     "densities": (0.01, 0.2),
@@ -144,19 +153,24 @@ PRESETS: dict[str, Config] = {
         full_rate=6e-3,
     ),
     "cpu": Config(),
-    "accel": Config(bases=3, source_steps=4000, source_batch=128, held_out=1000, **_EVERYTHING),
+    "accel": Config(subject="stories260k", length=128, steps=300, held_out=256, **_EVERYTHING),
     "paper": Config(
-        layers=6,
-        width=288,
-        hidden=768,
-        bases=3,
-        source_steps=20_000,
-        source_batch=256,
-        held_out=1000,
-        steps=1000,
-        lora_rank=7,
-        filter_rank=24,
-        **(_EVERYTHING | {"filter_ranks": (8, 96, 288)}),
+        subject="meta-llama/Llama-3.2-1B",
+        length=512,
+        seeds=1,
+        examples=7000,
+        held_out=256,
+        steps=1300,
+        rules=("lift", "weight_mag"),
+        filter_rank=32,
+        refresh=400,
+        lora_rank=64,
+        sparse_rate=2e-4,
+        adapter_rate=2e-4,
+        full_rate=5e-5,
+        rate_factors=(1.0,),
+        filter_ranks=(),
+        draws=1,
     ),
 }
 

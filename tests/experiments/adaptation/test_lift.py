@@ -94,12 +94,23 @@ def test_every_arm_and_ablation_runs_on_the_decoder():
     sizes = {"width": 8, "hidden": 12, "source_steps": 2, "source_batch": 4, "examples": 24, "held_out": 4, "batch": 4}
     few = {"steps": 5, "refresh": 3, "seeds": 2, "bases": 2, "draws": 1, "sigmas": (1.0,), "rate_factors": (1.0, 2.0)}
     ranks = {"filter_rank": 2, "lora_rank": 1, "filter_ranks": (1,), "refreshes": (2,), "densities": (0.2,)}
-    every = dataclasses.replace(PRESETS["accel"], **sizes, **few, **ranks)
+    every = dataclasses.replace(PRESETS["accel"], subject="decoder", **sizes, **few, **ranks)
     result = run(jax.random.key(0), every, Log())
     assert {f"target/{name}" for name in (*every.rules, *every.adapters, "full")} <= set(result.metrics)
     for name in ("lift_rank_1", "lift_bottom", "lift_mlp_only", "lift_every_2", "lift_rank_1_density_0.2"):
         assert result.metrics[f"outside/{name}"].value == 0
     assert "rank_and_density" in result.figures
+
+
+def test_a_checkpoint_writes_its_own_source(data_dir):
+    config = dataclasses.replace(PRESETS["accel"], length=24, examples=8, held_out=4, seeds=2)
+    subject = subjects.checkpoint(jax.random.key(0), config, Log())
+    assert subject.train.tokens.shape == (8, 24)
+    one = jax.tree.map(lambda leaf: leaf[0], subject.bases)
+    found = jax.jit(subject.held_out)(one)
+    # It predicts what it wrote better than problems, and writes as it predicts.
+    assert found["source"] < 3 < found["target"]
+    assert found["source_score"] > found["score"]
 
 
 def test_a_period_goes_on_where_the_last_one_ended():

@@ -216,8 +216,9 @@ def checkpoint(key: jax.Array, config: Config, log: Log) -> Subject:
     held, length = config.held_out, config.length
     train, test = load_problems()
     pairs = train[: config.examples + held] + test[:held]
-    prompts = [list(encode(question + "\n"))[-(length // 2) :] for question, _ in pairs]
-    answers = [list(encode(answer))[: length - len(prompt)] for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
+    prompts = [np.asarray(encode(question + "\n"))[-(length // 2) :] for question, _ in pairs]
+    room = [length - len(prompt) for prompt in prompts]
+    answers = [np.asarray(encode(answer))[:space] for (_, answer), space in zip(pairs, room, strict=True)]
     rows = answer_rows(prompts, answers, length)
     first, validation, answered = _three(rows, config.examples, held)
 

@@ -1,6 +1,6 @@
 """LIFT (arXiv 2506.00772): are weights that are large after a rank reduction the ones to train?
 
-    python -m experiments run lift                    # about 5 minutes on two cores
+    python -m experiments run lift                    # minutes on two cores
     python -m experiments run lift --preset smoke     # a planted MLP, seconds
 
 A decoder of two layers is trained on Markov strings and two-digit sums (the source), then fine-tuned on 400 worked

@@ -1,4 +1,4 @@
-"""Singular vectors and principal components, with signs that do not depend on the platform."""
+"""Singular vectors, low rank and principal components, with signs that do not depend on the platform."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Float, Int
 
 
 class Components(NamedTuple):
@@ -93,6 +93,40 @@ def randomised_svd(
         found = jnp.linalg.qr(matrix @ jnp.linalg.qr(transposed @ found)[0])[0]
     u, s, v = truncated_svd(jnp.swapaxes(found, -1, -2) @ matrix, rank)
     return found @ u, s, v
+
+
+def low_rank(matrix: Float[Array, "... N D"], rank: int) -> Float[Array, "... N D"]:
+    """The nearest matrix of a rank, in the Frobenius norm: the first R singular triples (Eckart and Young).
+
+    Args:
+      matrix: (..., N, D).
+      rank: R, 1..min(N, D).
+
+    Raises:
+      ValueError: a rank out of range.
+
+    >>> low_rank(jnp.diag(jnp.array([1.0, 3.0])), 1).round(4).tolist()
+    [[0.0, 0.0], [0.0, 3.0]]
+    """
+    return product(*truncated_svd(matrix, rank))
+
+
+def product(
+    u: Float[Array, "... N R"], s: Float[Array, "... R"], v: Float[Array, "... R D"]
+) -> Float[Array, "... N D"]:
+    """The matrix of singular triples, (u s) v."""
+    return jnp.matmul(u * s[..., None, :], v, precision=jax.lax.Precision.HIGHEST)
+
+
+def numerical_rank(singular_values: Float[Array, "... R"], size: int) -> Int[Array, "..."]:
+    """How many singular values exceed the largest times ``size`` times machine epsilon: the default of NumPy.
+
+    Args:
+      singular_values: of a matrix, any order.
+      size: its larger dimension.
+    """
+    tolerance = size * jnp.finfo(singular_values.dtype).eps * singular_values.max(-1, keepdims=True)
+    return (singular_values > tolerance).sum(-1)
 
 
 def pca(x: Float[Array, "... N D"], rank: int) -> Components:

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from mechlab.analysis.linalg import fix_signs, pca, project, randomised_svd, truncated_svd, unit
+from mechlab.analysis.linalg import (
+    fix_signs,
+    low_rank,
+    numerical_rank,
+    pca,
+    project,
+    randomised_svd,
+    truncated_svd,
+    unit,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -47,6 +56,21 @@ def test_principal_components_are_those_of_scikit_learn_at_every_depth():
 
 def test_unit_vectors_and_zero():
     np.testing.assert_allclose(unit(jnp.asarray([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0, 0]])
+
+
+def test_low_rank_is_the_truncated_svd_and_loses_what_eckart_and_young_say():
+    matrix = RNG.normal(size=(3, 8, 6))
+    reduced = low_rank(jnp.asarray(matrix), 2)
+    s = np.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_allclose(np.square(matrix - reduced).sum((1, 2)), np.square(s[:, 2:]).sum(1), rtol=1e-4)
+    np.testing.assert_allclose(low_rank(jnp.asarray(matrix), 6), matrix, atol=1e-5)
+
+
+def test_numerical_rank_is_that_of_numpy():
+    matrix = jnp.asarray(RNG.normal(size=(2, 9, 3)) @ RNG.normal(size=(2, 3, 7)), jnp.float32)
+    s = jnp.linalg.svd(matrix, compute_uv=False)
+    np.testing.assert_array_equal(numerical_rank(s, 9), np.linalg.matrix_rank(matrix))
+    assert int(numerical_rank(jnp.zeros(4), 4)) == 0
 
 
 def test_randomised_svd_is_exact_where_the_rank_is_no_larger():

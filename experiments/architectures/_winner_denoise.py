@@ -97,5 +97,5 @@ def denoise_alike(lab: Lab, clean: dict[str, Target], metrics: dict[str, Metric]
         metrics[f"denoise/{name}/noisy"] = per_seed(winner.psnr(given, target.value_range), "dB")
         seen["denoise"][name] |= {"clean": np.asarray(clean[name].y[0, :, 0]), "noisy": np.asarray(target.y[0, :, 0])}
     for arm in arms:
-        stopped = [metrics[f"denoise/{name}/stopped/{arm}"].per_seed for name in clean]
-        lab.log.say(f"denoised by {arm}: {', '.join(f'{np.mean(x):.1f} dB' for x in stopped)}")
+        stopped = [metrics[f"denoise/{name}/stopped/{arm}"].value for name in clean]
+        lab.log.say(f"denoised by {arm}: {', '.join(f'{x:.1f} dB' for x in stopped)}")

@@ -70,9 +70,10 @@ def bottleneck(runs: Mapping[tuple[str, str], Mapping[str, Any]], target: str) -
         y, output = runs[target, arm]["y"], runs[target, arm]["output"]
         middle = slice(len(y) // 2, len(y) // 2 + 80)
         size = 100 * np.sqrt(np.square(output).mean() / np.square(y).mean())
-        for axes, values in zip(row, (lambda x, m=middle: x[m], amplitude), strict=True):
-            axes.plot(values(y), color=TARGET_INK, linewidth=3.2, label="target")
-            axes.plot(values(output), color=COLOURS[arm], linewidth=1.4, label="output")
+        shown = ((y[middle], output[middle]), (amplitude(y), amplitude(output)))
+        for axes, (wanted, found) in zip(row, shown, strict=True):
+            axes.plot(wanted, color=TARGET_INK, linewidth=3.2, label="target")
+            axes.plot(found, color=COLOURS[arm], linewidth=1.4, label="output")
         row[0].set_title(f"{NAMES[arm]}: output {size:.2g} % of the target's rms", loc="left", fontsize=12)
         row[0].set_ylabel("amplitude")
         row[1].set_ylabel("|spectrum| (smoothed)")
@@ -249,7 +250,8 @@ def denoising(name: str, seen: Mapping[str, Any]) -> Figure:
     arms = [arm for arm in NAMES if arm in seen]
     flat = len(seen["shape"]) == 1
     figure = Figure(figsize=(11.0, 6.4), dpi=150, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.25))
+    upper, lower = parts
     shown = {"clean": seen["clean"], "noisy": seen["noisy"]}
     shown |= {NAMES[arm]: seen[arm]["output"] for arm in ("siren", "winner") if arm in seen}
     for axes, (title, values) in zip(upper.subplots(1, len(shown), sharey=flat), shown.items(), strict=True):
@@ -279,7 +281,7 @@ def denoising(name: str, seen: Mapping[str, Any]) -> Figure:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     seeds = len(curve)
     band = f"line: mean of {seeds} seeds; band: smallest to largest"
-    note(lower, f"{name}; {band}; dot: stopped by held-out samples, seed 0, as above")  # type: ignore[arg-type]
+    note(lower, f"{name}; {band}; dot: stopped by held-out samples, seed 0, as above")
     return figure
 
 

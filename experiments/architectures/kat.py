@@ -275,7 +275,8 @@ def step_times(lab: Lab) -> dict[str, Metric]:
         gradient = jax.jit(jax.value_and_grad(lambda p: cross_entropy(apply(p, batch["x"]), batch["y"])))
         return lambda: gradient(params)
 
-    calls = {name: timed(name) for name in ("vit", "kat", "spline") if name in lab.models}
+    timed_arms: tuple[str, ...] = ("vit", "kat", "spline")
+    calls = {name: timed(name) for name in timed_arms if name in lab.models}
     seconds = {name: np.asarray(times) for name, times in interleave(calls, repeats=lab.config.timings).items()}
     metrics = {f"step/{name}": per_seed(1000 * times, "ms") for name, times in seconds.items()}
     for name in [name for name in calls if name != "vit"]:

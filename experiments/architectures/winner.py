@@ -271,7 +271,8 @@ def measure(
             numbers = ", ".join(f"{arm} {metrics[f'{part}/{name}/peak/{arm}'].value:.1f}" for arm in (best, "winner"))
             lab.log.say(f"WINNER is not the best on {name}: peak PSNR {numbers} dB")
     for arm in arms:
-        mean = np.mean([metrics[f"{part}/{name}/peak/{arm}"].per_seed for name in targets], axis=0)
+        each = [np.asarray(metrics[f"{part}/{name}/peak/{arm}"].per_seed) for name in targets]
+        mean = np.mean(each, axis=0)
         metrics[f"{part}/mean/peak/{arm}"] = per_seed(mean, "dB")
     return curves
 

@@ -65,7 +65,8 @@ def hugging_face(folder: Path, attention: str = "sdpa") -> Any:
     """The checkpoint in transformers' own GPT-2."""
     from transformers import GPT2LMHeadModel
 
-    return GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention).to(torch.get_default_device()).eval()
+    model: Any = GPT2LMHeadModel.from_pretrained(folder, attn_implementation=attention)
+    return model.to(torch.get_default_device()).eval()
 
 
 def transformer_lens(folder: Path) -> Any:

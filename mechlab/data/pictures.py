@@ -67,7 +67,7 @@ def mosaic(images: Float[ArrayLike, "N h w"], size: int) -> Float[Array, "size s
     rows, columns = size // h, size // w
     if rows * columns == 0 or count < rows * columns:
         raise ValueError(f"{count} images of {h} x {w} do not fill a picture of {size} x {size}.")
-    tiles = np.asarray(images[: rows * columns], np.float32).reshape(rows, columns, h, w)
+    tiles = np.asarray(images, np.float32)[: rows * columns].reshape(rows, columns, h, w)
     picture = np.zeros((size, size, 1), np.float32)
     picture[: rows * h, : columns * w, 0] = tiles.swapaxes(1, 2).reshape(rows * h, columns * w)
     return jnp.asarray(picture)

@@ -191,7 +191,7 @@ def winner_init(
     target: Float[Array, "*spatial C"],
     *,
     omega0: float = 30.0,
-    scales: tuple[float, float] | None = None,
+    scales: tuple[float | jax.Array, float | jax.Array] | None = None,
 ) -> Params:
     """SIREN² for a target: SIREN's initialisation, psi, the rule for its dimension, the noise.
 
@@ -213,9 +213,8 @@ def winner_init(
         if dimensions not in RULES:
             raise ValueError(f"there is no rule for {dimensions} dimensions: give scales=(s0, s1).")
         psi = spectral_centroid(target)
-        s0, s1 = winner_scales(psi, widths[-1], RULES[dimensions])
-    else:
-        s0, s1 = scales
+        scales = winner_scales(psi, widths[-1], RULES[dimensions])
+    s0, s1 = scales
     params = siren_init(stream(key, "siren"), widths, omega0=omega0)
     return winner_perturb(stream(key, "noise"), params, s0=s0, s1=s1, omega0=omega0)
 

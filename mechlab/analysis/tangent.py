@@ -48,7 +48,7 @@ def empirical_ntk(
       block: items per block.
 
     Returns:
-      (N, *outputs, N, *outputs), or (N, N) with ``contract``; symmetric, positive semidefinite, dtype of the gradients.
+      ``(N, *outputs, N, *outputs)``, or (N, N) with ``contract``; symmetric, positive semidefinite, dtype of the gradients.
       Survives jit, vmap over parameters, and grad.
 
     Raises:

@@ -198,7 +198,7 @@ def winner_init(
     Args:
       key: typed key; with ``scales=(0, 0)`` the result is ``siren_init(stream(key, "siren"), widths)``.
       widths: (d, hidden ..., C).
-      target: (*spatial, C).
+      target: ``(*spatial, C)``.
       omega0: omega_0 of the hidden layers; run the network with the same omega in its first layer.
       scales: (s_0, s_1) by hand.
 

@@ -48,8 +48,8 @@ def empirical_ntk(
       block: items per block.
 
     Returns:
-      ``(N, *outputs, N, *outputs)``, or (N, N) with ``contract``; symmetric, positive semidefinite, dtype of the gradients.
-      Survives jit, vmap over parameters, and grad.
+      ``(N, *outputs, N, *outputs)``, or (N, N) with ``contract``; symmetric, positive semidefinite, in the dtype of the
+      gradients. Survives jit, vmap over parameters, and grad.
 
     Raises:
       KeyError: no parameter has such a path.

@@ -74,7 +74,7 @@ def bottleneck(runs: Mapping[tuple[str, str], Mapping[str, Any]], target: str) -
         for axes, (wanted, found) in zip(row, shown, strict=True):
             axes.plot(wanted, color=TARGET_INK, linewidth=3.2, label="target")
             axes.plot(found, color=COLOURS[arm], linewidth=1.4, label="output")
-        row[0].set_title(f"{NAMES[arm]}: output {size:.2g} % of the target's rms", loc="left", fontsize=12)
+        row[0].set_title(f"{NAMES[arm]}: output {size:.3g} % of target (rms)", loc="left", fontsize=12)
         row[0].set_ylabel("amplitude")
         row[1].set_ylabel("|spectrum| (smoothed)")
         row[1].legend(loc="upper left")

@@ -344,7 +344,7 @@ def geometry(lab: Lab, arms: Mapping[str, Trained]) -> dict[str, dict[str, np.nd
 def score(lab: Lab, arms: Mapping[str, Trained]) -> tuple[dict[str, Trained], dict[str, np.ndarray]]:
     """The arms with their test numbers, and those of the bases, (S,).
 
-    "retention" is an arm's source score in % of its base's.
+    "retention" is an arm's source score in % of its base's; 0 for a base that has nothing to lose.
     """
     stacks = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), trained.params) for trained in arms.values()]
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), lab.subject.bases, *stacks)
@@ -353,10 +353,12 @@ def score(lab: Lab, arms: Mapping[str, Trained]) -> tuple[dict[str, Trained], di
     sizes = [jax.tree.leaves(stack)[0].shape[0] for stack in stacks]
     parts = {name: np.split(np.asarray(x), seeds + np.cumsum([0, *sizes])) for name, x in found.items()}
     base = {name: split[0] for name, split in parts.items()}
+    lab.log.say(f"the base's source score: {base['source_score'].mean():.1f} %")
     scored = {}
     for place, (name, trained) in enumerate(arms.items(), 1):
         own = {what: split[place].reshape(-1, seeds) for what, split in parts.items()}
-        own["retention"] = 100 * own["source_score"] / base["source_score"]
+        able = np.maximum(base["source_score"], 1e-6)
+        own["retention"] = np.where(base["source_score"] > 0, 100 * own["source_score"] / able, 0)
         scored[name] = dataclasses.replace(trained, held_out=own)
     return scored, base
 

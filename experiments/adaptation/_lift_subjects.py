@@ -75,11 +75,13 @@ def strings(key: jax.Array, transitions: jax.Array, n: int) -> jax.Array:
     first, steps = streams(key, "first steps")
     start = jax.random.randint(first, (n,), 0, LETTERS + 1)
 
-    def step(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        after = jax.random.categorical(key, transitions[state])
-        return after, state
+    # Gumbel noise added to logits makes their largest a sample.
+    noise = jax.random.gumbel(steps, (LENGTH, n, LETTERS + 1))
 
-    states = jax.lax.scan(step, start, jax.random.split(steps, LENGTH))[1].T
+    def step(state: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (transitions[state] + noise).argmax(-1), state
+
+    states = jax.lax.scan(step, start, noise)[1].T
     return jnp.where(states == LETTERS, MINUS, LETTER + states)
 
 

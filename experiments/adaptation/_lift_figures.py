@@ -64,7 +64,7 @@ def all_figures(
             ylabel="rule",
             row_labels=[NAMES[name] for name in chosen["names"]],
             column_labels=[NAMES[name] for name in chosen["names"]],
-            colour_label="Jaccard index of chosen entries",
+            colour_label="Jaccard index",
             annotate=True,
         ),
         "update_spectrum": curve_band(

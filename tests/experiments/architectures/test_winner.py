@@ -21,7 +21,7 @@ TINY = Config(
     seeds=2,
     hidden=(8, 8),
     signals=("high", "low"),
-    samples=64,
+    samples=128,  # the lowest band holds one frequency
     steps=3,
     arms=("siren", "siren_scaled", "winner", "winner_scaled", "gauss"),
     pictures=("noise", "photograph"),
@@ -92,7 +92,7 @@ def test_smoke_run_shows_the_bottleneck():
 
 
 def lab(config=TINY):
-    return lab_module.Lab(config, Log(), jax.random.split(jax.random.key(1), config.seeds))
+    return lab_module.Lab(config, Log(), jax.random.split(jax.random.key(1), config.seeds), jax.random.key(2))
 
 
 def test_siren_and_winner_of_a_seed_start_alike_but_for_the_noise():

@@ -300,7 +300,9 @@ def examine(lab: Lab, trained: Trained) -> dict[str, np.ndarray]:
 
     radii, seeds = len(config.eps), config.seeds
     flat = jax.tree.map(lambda x: x.reshape(radii * seeds, *x.shape[2:]), trained.params)
-    keys = jnp.tile(jax.vmap(lambda key: stream(key, "attack"))(lab.keys), radii)
+    # Every radius and seed has its own attack, the same for all arms.
+    by_radius = jax.vmap(lambda radius: jax.vmap(lambda key: stream(key, "attack", radius))(lab.keys))
+    keys = by_radius(jnp.arange(radii)).reshape(-1)
     # One network after another: all at once would hold every network's activations of the whole test set.
     found = jax.jit(lambda cells: jax.lax.map(one, cells))((flat, jnp.repeat(jnp.asarray(config.eps), seeds), keys))
     return jax.tree.map(lambda x: np.asarray(x).reshape(radii, seeds, *x.shape[1:]), found)

@@ -109,8 +109,8 @@ def test_siren_and_winner_of_a_seed_start_alike_but_for_the_noise():
 def test_networks_of_small_batches_see_parts_above_the_limit(monkeypatch):
     monkeypatch.setattr(lab_module, "BATCH_LIMIT", 10)
     here = lab()
-    targets = lab_module.make_signals(here, ("low",), 64)
-    every = lab_module.make_arms((8, 8), (64,))
+    targets = lab_module.make_signals(here, ("low",), 128)
+    every = lab_module.make_arms((8, 8), (128,))
     arms = {name: every[name] for name in ("siren", "gauss")}
     trained = lab_module.train(here, "parts", arms, targets, steps=3, decay=0.99, judge=lab_module.banded_error)
     assert trained["low", "siren"].kept["bands"].shape == (2, 3, 16)

@@ -77,7 +77,7 @@ def test_later_tokens_change_nothing_before_them(params):
 
 
 def test_edits_act_at_its_sites(params):
-    edits = at(MODEL.sites, "resid_post", Add(jnp.ones(8)), layer=0)
+    edits = at(MODEL.sites, "resid_post", Add(jnp.arange(8.0)), layer=0)
     tokens = jnp.asarray([[1, 2]])
     assert not np.allclose(
         MODEL.apply({"params": params, "edits": edits}, tokens), MODEL.apply({"params": params}, tokens)

@@ -329,8 +329,8 @@ def initial_ratios(lab: Lab) -> dict[str, np.ndarray]:
         boxes = relu_boxes(fixed, propagate(fixed, box).entering)
         return jnp.stack([each.radius.mean() for each in boxes]) / box.radius.mean()
 
-    # A program for each: in one for all, XLA's CPU runtime (jax 0.10) ran orthogonal decompositions beside each other and
-    # waited for ever on two cores.
+    # A program for each: one for all never ended on two cores (jax 0.10), where XLA's CPU runtime runs orthogonal
+    # decompositions beside each other.
     return {
         f"{name}_bn" if norm else name: np.asarray(
             jax.jit(jax.vmap(functools.partial(ratios, name=name, batch_norm=norm)))(lab.keys)

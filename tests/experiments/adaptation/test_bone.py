@@ -183,7 +183,14 @@ def test_bad_configurations_are_refused(monkeypatch, tmp_path):
 
 def test_the_recurrent_task_adapts_the_recurrent_net(data_dir):
     config = Config(
-        tasks=("recurrent",), width=16, length=16, prompt=4, train_rows=8, validation_rows=4, test_rows=4, pretrain_steps=2
+        tasks=("recurrent",),
+        width=16,
+        length=16,
+        prompt=4,
+        train_rows=8,
+        validation_rows=4,
+        test_rows=4,
+        pretrain_steps=2,
     )
     (task,) = _bone_tasks.make_tasks(jax.random.key(0), config, Log()).values()
     assert task.apply(task.params, task.train.tokens[:1]).shape == (1, 16, 512)

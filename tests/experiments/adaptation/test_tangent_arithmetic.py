@@ -75,8 +75,8 @@ def test_a_vision_transformer_is_pre_trained_and_linearised_below_its_head():
 
 
 def test_another_width_is_measured():
-    # Enough training that no task is at 0 %, by which nothing can be normalised.
-    config = dataclasses.replace(TINY, test=100, validation=100, pretrain_steps=20, steps=20)
+    # Enough training that no task is at 0 %, and a grid with points inside [-1, 1]²: neither could be averaged over.
+    config = dataclasses.replace(TINY, test=100, validation=100, pretrain_steps=20, steps=20, xi_points=7)
     lab = lab_module.prepare(jax.random.key(1), config, Log())
     metrics: dict[str, Metric] = {}
     over_width(jax.random.key(1), lab, 32, metrics)

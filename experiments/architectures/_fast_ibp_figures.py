@@ -46,6 +46,8 @@ INITS = {
 }
 CURVES = ("xavier", "init", "bn", "init_reg", "init_bn", "full")
 """Arms of the curves over epochs: the ablation of the three improvements."""
+REGULARISED = ("xavier", "init_bn", "full")
+"""Arms whose regularisers are drawn: without any improvement, without the terms in the loss, with all."""
 
 
 def all_figures(
@@ -61,13 +63,15 @@ def all_figures(
         title = f"ε = {eps:g}"
         name = f"eps{eps:g}".replace(".", "_")
         figures[f"errors_{name}"] = error_bars(metrics, trained, eps, title)
-        figures[f"verified_error_{name}"] = over_epochs(
-            trained, i, "verified_error", "verified error (%)", title, config
-        )
-        for state in ("inactive", "active"):
-            label = f"{state} ReLUs, mean over layers (%)"
-            figures[f"{state}_{name}"] = over_epochs(trained, i, state, label, title, config)
-        figures[f"regularisers_{name}"] = regularisers(trained, i, per_epoch, title)
+        if not trained.keys().isdisjoint(CURVES):
+            figures[f"verified_error_{name}"] = over_epochs(
+                trained, i, "verified_error", "verified error (%)", title, config
+            )
+            for state in ("inactive", "active"):
+                label = f"{state} ReLUs, mean over layers (%)"
+                figures[f"{state}_{name}"] = over_epochs(trained, i, state, label, title, config)
+        if not trained.keys().isdisjoint(REGULARISED):
+            figures[f"regularisers_{name}"] = regularisers(trained, i, per_epoch, title)
     if {"xavier", "full", "xavier_long", "full_long"} <= set(trained):
         figures["warm_up_length"] = warm_up_length(config, metrics)
     return figures
@@ -108,7 +112,7 @@ def over_epochs(
 def regularisers(trained: Mapping[str, Trained], radius: int, per_epoch: int, title: str) -> Figure:
     """Both terms by epoch, with them in the loss (full) and without."""
     curves = {}
-    for name in ("xavier", "init_bn", "full"):
+    for name in REGULARISED:
         if name not in trained:
             continue
         for term, words in (("tightness", "tight"), ("relu", "relu")):

@@ -180,7 +180,11 @@ def _train_group(lab: Lab, names: list[str]) -> Iterator[tuple[str, Trained]]:
     config = lab.config
     arms = [ARMS[name] for name in names]
     cells = [(arm, eps) for arm in arms for eps in config.eps]
-    nets = [jax.jit(jax.vmap(lambda key, arm=arm: new_network(lab, arm, key)))(lab.keys) for arm, _ in cells]
+    nets = [
+        net
+        for arm in arms
+        for net in [jax.jit(jax.vmap(lambda key, arm=arm: new_network(lab, arm, key)))(lab.keys)] * len(config.eps)
+    ]
     per_cell = {
         "eps": [eps for _, eps in cells],
         "tightness": [float(arm.tightness) for arm, _ in cells],
@@ -269,12 +273,13 @@ def watch(params: Any, data: dict[str, jax.Array], eps: float) -> dict[str, jax.
     }
 
 
-def examine(lab: Lab, trained: Trained) -> dict[str, np.ndarray]:
-    """Final measurements on the test images, (radii, seeds, ...).
+def examiner(lab: Lab) -> Callable[[Trained], dict[str, np.ndarray]]:
+    """Final measurements on the test images, as a function of an arm's networks; networks alike share its program.
 
     Returns:
-      Which images are ``verified``, ``standard`` (classified rightly) and, of the first ``config.attacked``,
-      ``attacked`` (right under attack), bool; and what ``watch`` gives over all of them.
+      The function, whose results are (radii, seeds, ...): which images are ``verified``, ``standard`` (classified
+      rightly) and, of the first ``config.attacked``, ``attacked`` (right under attack), bool; and what ``watch`` gives
+      over all of them.
     """
     config, test = lab.config, lab.test
     hit = {name: x[: config.attacked] for name, x in test.items()}
@@ -299,13 +304,21 @@ def examine(lab: Lab, trained: Trained) -> dict[str, np.ndarray]:
         }
 
     radii, seeds = len(config.eps), config.seeds
-    flat = jax.tree.map(lambda x: x.reshape(radii * seeds, *x.shape[2:]), trained.params)
     # Every radius and seed has its own attack, the same for all arms.
     by_radius = jax.vmap(lambda radius: jax.vmap(lambda key: stream(key, "attack", radius))(lab.keys))
-    keys = by_radius(jnp.arange(radii)).reshape(-1)
-    # One network after another: all at once would hold every network's activations of the whole test set.
-    found = jax.jit(lambda cells: jax.lax.map(one, cells))((flat, jnp.repeat(jnp.asarray(config.eps), seeds), keys))
-    return jax.tree.map(lambda x: np.asarray(x).reshape(radii, seeds, *x.shape[1:]), found)
+    each_eps = jnp.repeat(jnp.asarray(config.eps), seeds)
+
+    @jax.jit
+    def all_cells(params: Any, keys: jax.Array) -> dict[str, jax.Array]:
+        # One network after another: all at once would hold every network's activations of the whole test set.
+        return jax.lax.map(one, (params, each_eps, keys))
+
+    def examine(trained: Trained) -> dict[str, np.ndarray]:
+        flat = jax.tree.map(lambda x: x.reshape(radii * seeds, *x.shape[2:]), trained.params)
+        found = all_cells(flat, by_radius(jnp.arange(radii)).reshape(-1))
+        return {name: np.asarray(x).reshape(radii, seeds, *x.shape[1:]) for name, x in found.items()}
+
+    return examine
 
 
 def initial_ratios(lab: Lab) -> dict[str, np.ndarray]:

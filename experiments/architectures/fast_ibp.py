@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.architectures import _fast_ibp_figures as draw
 from experiments.architectures._fast_ibp_claims import CLAIMS
-from experiments.architectures._fast_ibp_lab import ARMS, Trained, examine, initial_ratios, prepare, train_all
+from experiments.architectures._fast_ibp_lab import ARMS, Trained, examiner, initial_ratios, prepare, train_all
 from experiments.measures import per_seed, percent, points
 from mechlab.core.rng import stream
 from mechlab.data.images import load_images
@@ -143,7 +143,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     lab = prepare(key, config, log)
     ratios = initial_ratios(lab)
     trained = train_all(lab)
-    final = {name: examine(lab, arm) for name, arm in trained.items()}
+    examine = examiner(lab)
+    final = {name: examine(arm) for name, arm in trained.items()}
     metrics = initial_metrics(ratios) | errors(stream(key, "bootstrap"), config, final) | soundness(final)
     for name, arm in trained.items():
         metrics |= regulariser_metrics(config, name, arm, lab.per_epoch)

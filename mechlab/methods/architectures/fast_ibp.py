@@ -58,7 +58,7 @@ def smoothed_eps(
       ValueError: start, length or batches below 1, or eps_max < 0.
 
     >>> [round(float(smoothed_eps(s, start=2, length=2, batches=4, eps_max=1.0)), 3) for s in (4, 5, 6, 9, 12)]
-    [0.0, 0.017, 0.078, 0.539, 1.0]
+    [0.0, 0.005, 0.077, 0.538, 1.0]
     """
     if min(start, length, batches) < 1:
         raise ValueError(

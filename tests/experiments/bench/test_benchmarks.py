@@ -60,8 +60,9 @@ def test_ibp_takes_the_steps_that_pytorch_takes(tmp_path, monkeypatch):
     for kind in ("IBP", "CROWN-IBP"):
         found = record[f"CNN-7, {kind}"]
         assert len(found["seconds per step"]["ours"]) == 2
-        assert all(apart < 1e-4 for apart in found["largest difference of margins"].values())
         assert found["largest margin"] > 0.1
+        for apart in found["largest difference of margins"].values():
+            assert apart < 1e-5 * found["largest margin"]
 
 
 def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):

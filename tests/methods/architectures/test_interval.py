@@ -99,8 +99,8 @@ def test_one_affine_layer_is_exact_attained_at_a_corner():
     output = propagate((layer,), box).output
     corners = jnp.stack(jnp.meshgrid(*[jnp.asarray([0.2, 0.7])] * 4), -1).reshape(-1, 4)
     values = apply((layer,), corners)
-    np.testing.assert_allclose(output.lower[0], values.min(0), rtol=1e-6)
-    np.testing.assert_allclose(output.upper[0], values.max(0), rtol=1e-6)
+    np.testing.assert_allclose(output.lower[0], values.min(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(output.upper[0], values.max(0), rtol=1e-6, atol=1e-6)
 
 
 def test_fused_margins_of_one_layer_are_exact_and_tighter_than_bounded_logits():

@@ -8,9 +8,14 @@ from pathlib import Path
 
 # These must be set before jax starts its backend. Most of the suite's time is compilation, of programs that run for
 # milliseconds: without LLVM's optimisations it is a third shorter.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    )
+)
 
 import hypothesis
 import jax

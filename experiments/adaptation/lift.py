@@ -23,6 +23,7 @@ import numpy as np
 
 from experiments.adaptation import _lift_figures as draw
 from experiments.adaptation import _lift_lab as work
+from experiments.adaptation import _lift_measures as measures
 from experiments.adaptation._lift_claims import CLAIMS
 from experiments.finetuning import whole
 from experiments.measures import per_seed
@@ -186,7 +187,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     for name in config.adapters:
         arms[name] = work.train_adapter(lab, work.adapters(lab)[name], config.adapter_rate * factors, name)
     arms["full"] = work.train_adapter(lab, whole, config.full_rate * factors, "full")
-    arms, base = work.score(lab, arms)
+    arms, base = measures.score(lab, arms)
 
     metrics = {f"{name}/base": per_seed(x, UNITS.get(name, unit)) for name, x in base.items()}
     for name, trained in arms.items():
@@ -195,21 +196,21 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         rate = float(centre * factors[trained.best()])
         metrics |= arm_metrics(name, trained, unit) | {f"rate/{name}": Metric(value=rate, unit="Adam learning rate")}
     for name in ("full", "lora"):
-        if name in arms and (gaps := work.equal_target_gap(arms["lift"], arms[name])):
+        if name in arms and (gaps := measures.equal_target_gap(arms["lift"], arms[name])):
             metrics[f"retention_gap/{name}"] = per_seed(gaps, "points")
 
     ablated: dict[str, work.Trained] = {}
     for name, group in ablation_groups(lab):
         ablated |= work.train_sparse(lab, group, jnp.asarray([metrics["rate/lift"].value]), name)
     if ablated:
-        for name, trained in work.score(lab, ablated)[0].items():
+        for name, trained in measures.score(lab, ablated)[0].items():
             metrics |= arm_metrics(name, trained, unit)
     metrics |= budgets(lab, arms)
 
     by_rule = {name: trained for name, trained in arms.items() if name in work.RULES}
-    rises = work.perturbation(lab, by_rule)
+    rises = measures.perturbation(lab, by_rule)
     metrics |= {f"perturbation/{name}": per_seed(rise.mean(1), unit) for name, rise in rises.items()}
-    shapes = work.geometry(lab, {name: arms[name] for name in ("lift", "full", "lora") if name in arms})
+    shapes = measures.geometry(lab, {name: arms[name] for name in ("lift", "full", "lora") if name in arms})
     for name, found in shapes.items():
         readings = ("rank", "inside", "overlap")
         metrics |= {f"{reading}/{name}": per_seed(100 * found[reading], "%") for reading in readings}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.adaptation import _lift_lab as work
+from experiments.adaptation import _lift_measures as measures
 from experiments.adaptation import _lift_subjects as subjects
 from experiments.adaptation.lift import CLAIMS, PRESETS, Config, run
 from mechlab.reporting.log import Log
@@ -141,7 +142,7 @@ def test_retention_is_compared_at_equal_target_loss():
     # Ours keeps 10 points more at every loss that both reach; the second seed's sweeps do not overlap.
     ours = trained([[1.0, 1.0], [3.0, 2.0]], [[50.0, 0.0], [70.0, 0.0]])
     theirs = trained([[2.0, 3.0], [4.0, 4.0]], [[50.0, 0.0], [70.0, 0.0]])
-    assert work.equal_target_gap(ours, theirs) == pytest.approx([10.0])
+    assert measures.equal_target_gap(ours, theirs) == pytest.approx([10.0])
 
 
 def test_claims_fail_when_their_numbers_say_so():

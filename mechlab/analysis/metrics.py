@@ -76,6 +76,131 @@ def cross_entropy(logits: Float[ArrayLike, "... N C"], labels: Int[ArrayLike, ".
     return -jnp.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0].mean(axis=-1)
 
 
+def auroc(scores: Float[ArrayLike, "... N"], labels: Bool[ArrayLike, " N"]) -> Float[Array, "..."]:
+    """Area under the ROC curve: the probability that an item of class 1 scores higher than one of class 0, ties half.
+
+    It does not change under a constant that is added to all scores: unlike accuracy it knows no bias.
+
+    Args:
+      scores: (..., N).
+      labels: (N,) booleans, or 0 and 1; both occur.
+
+    Returns:
+      (...) float32 in [0, 1].
+
+    Raises:
+      ValueError: shapes or labels that do not fit or, where they are known, a single class.
+
+    >>> float(auroc(jnp.array([0.1, 0.4, 0.4, 0.8]), jnp.array([0, 0, 1, 1])))
+    0.875
+    """
+    scores, positive = _scored(scores, labels)
+    count = positive.sum()
+    rank_mean = (mean_ranks(scores) * positive).sum(-1) / count
+    return (rank_mean - (count + 1) / 2) / (positive.size - count)
+
+
+def tpr_at_fpr(scores: Float[ArrayLike, "... N"], labels: Bool[ArrayLike, " N"], fpr: float) -> Float[Array, "..."]:
+    """The largest true positive rate of a threshold whose false positive rate is at most ``fpr``.
+
+    An item counts as positive where its score is at least the threshold, so equal scores are decided together.
+
+    Args:
+      scores: (..., N).
+      labels: (N,) booleans, or 0 and 1; both occur.
+      fpr: in [0, 1].
+
+    Returns:
+      (...) float32 in [0, 1].
+
+    Raises:
+      ValueError: as ``auroc``, or ``fpr`` outside [0, 1].
+    """
+    if not 0 <= fpr <= 1:
+        raise ValueError(f"tpr_at_fpr: fpr must be in [0, 1], got {fpr}.")
+    scores, positive = _scored(scores, labels)
+    order = jnp.argsort(-scores, axis=-1)
+    ranked = jnp.take_along_axis(scores, order, -1)
+    hits = positive[order]
+    true, false = jnp.cumsum(hits, -1), jnp.cumsum(1 - hits, -1)
+    # A threshold lies behind the last of equal scores.
+    last = jnp.concatenate([ranked[..., 1:] != ranked[..., :-1], jnp.ones((*ranked.shape[:-1], 1), bool)], -1)
+    # Counts are compared, because 0.05 * 20 is not 1 in float32.
+    allowed = last & (false <= jnp.floor(fpr * (positive.size - positive.sum()) + 1e-4))
+    return jnp.where(allowed, true, 0).max(-1) / positive.sum()
+
+
+def mean_ranks(x: Float[ArrayLike, "... N"]) -> Float[Array, "... N"]:
+    """Ranks from 1 along the last axis; equal values share the mean of their ranks.
+
+    >>> mean_ranks(jnp.array([3.0, 1.0, 3.0])).tolist()
+    [2.5, 1.0, 2.5]
+    """
+    x = jnp.asarray(x)
+
+    def one(row: jax.Array) -> jax.Array:
+        ordered = jnp.sort(row)
+        low, high = (jnp.searchsorted(ordered, row, side=side) for side in ("left", "right"))
+        return (low + high + 1) / 2
+
+    return jax.vmap(one)(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+def spearman(x: Float[ArrayLike, "... N"], y: Float[ArrayLike, "... N"]) -> Float[Array, "..."]:
+    """Rank correlation: Pearson's correlation of the mean ranks; NaN where one side is constant.
+
+    Args:
+      x, y: (..., N) with N >= 2; leading axes broadcast.
+
+    Raises:
+      ValueError: fewer than two values, or different numbers of them.
+
+    >>> round(float(spearman(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.array([1.0, 3.0, 2.0, 4.0]))), 4)
+    0.8
+    """
+    if np.shape(x)[-1:] != np.shape(y)[-1:] or np.shape(x)[-1:] in ((), (1,)):
+        raise ValueError(f"spearman: wanted N >= 2 values of both, got shapes {np.shape(x)} and {np.shape(y)}.")
+    a, b = (ranks - ranks.mean(-1, keepdims=True) for ranks in (mean_ranks(x), mean_ranks(y)))
+    return (a * b).sum(-1) / jnp.sqrt((a * a).sum(-1) * (b * b).sum(-1))
+
+
+def macro_f1(predicted: Int[ArrayLike, "... N"], labels: Int[ArrayLike, " N"], classes: int) -> Float[Array, "..."]:
+    """Mean over classes of 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted counts 0.
+
+    Args:
+      predicted: (..., N) integer classes.
+      labels: (N,) integer classes, 0..classes - 1.
+      classes: number of classes.
+
+    Returns:
+      (...) float32 in [0, 1].
+
+    >>> float(macro_f1(jnp.array([0, 1, 1, 1]), jnp.array([0, 0, 1, 1]), 2))  # of classes: 2/3 and 4/5
+    0.7333333492279053
+    """
+    guess, truth = (jax.nn.one_hot(x, classes, axis=-1) for x in (predicted, labels))
+    true = (guess * truth).sum(-2)
+    return (2 * true / jnp.maximum(guess.sum(-2) + truth.sum(-2), 1)).mean(-1)
+
+
+def jensen_shannon(p: Float[ArrayLike, "... V"], q: Float[ArrayLike, "... V"]) -> Float[Array, "..."]:
+    """Jensen-Shannon divergence of two distributions given by their logits, nats, in [0, log 2].
+
+    Args:
+      p, q: (..., V) logits; leading axes broadcast, so (A, 1, V) and (1, A, V) give all pairs.
+
+    Returns:
+      (...) float32.
+
+    >>> round(float(jensen_shannon(jnp.array([50.0, 0.0]), jnp.array([0.0, 50.0]))), 4)  # log 2
+    0.6931
+    """
+    a, b = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32), -1) for x in (p, q))
+    middle = jnp.logaddexp(a, b) - jnp.log(2.0)
+    halves = [(jnp.exp(side) * (side - middle)).sum(-1) for side in (a, b)]
+    return jnp.maximum(sum(halves, start=jnp.zeros(())) / 2, 0)
+
+
 def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
     shape, given = np.shape(logits), np.shape(labels)
     if len(shape) < 2 or 0 in shape or not given or shape[:-1][-len(given) :] != given:
@@ -88,3 +213,12 @@ def _checked(logits: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array
         if low < 0 or high >= shape[-1]:
             raise ValueError(f"labels: wanted classes 0 to {shape[-1] - 1}, got values from {low} to {high}.")
     return jnp.asarray(logits), jnp.asarray(labels)
+
+
+def _scored(scores: ArrayLike, labels: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Float scores and labels as 0 and 1."""
+    if np.ndim(labels) != 1 or np.shape(scores)[-1:] != np.shape(labels) or not np.size(labels):
+        raise ValueError(f"scores, labels: wanted (..., N) and (N,), got {np.shape(scores)} and {np.shape(labels)}.")
+    if not isinstance(labels, jax.core.Tracer) and set(np.unique(np.asarray(labels)).tolist()) != {0, 1}:
+        raise ValueError(f"labels: wanted both 0 and 1 and nothing else, got {np.unique(np.asarray(labels))[:5]}.")
+    return jnp.asarray(scores), jnp.asarray(labels, jnp.int32)

@@ -62,6 +62,21 @@ class Add:
 
 
 @edit
+class AddRenormed:
+    """``x + value``, then every token scaled back to the length that it had: a turn without growth.
+
+    A token that the sum makes zero stays zero.
+    """
+
+    value: jax.Array
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        moved = x + self.value
+        before, after = (jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (x, moved))
+        return moved * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+
+
+@edit
 class Scale:
     """``x * factor``."""
 

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.spatial.distance
 import scipy.special
+import scipy.stats
+import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechlab.analysis import accuracy, correct, cross_entropy
+from mechlab.analysis import accuracy, correct, cross_entropy, metrics
 
 
 def scores(*shape: int, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
@@ -84,3 +87,62 @@ def test_gradient_is_softmax_minus_one_hot_over_n() -> None:
 def test_bad_labels_are_refused(score, shape: tuple[int, ...], labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(np.zeros(shape, np.float32), labels)
+
+
+def scores_with_ties(seed=0, n=60):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % 3 == 0)
+    return np.round(rng.normal(size=(2, n)) + labels, 1).astype(np.float32), labels
+
+
+def test_auroc_is_scikit_learns_at_every_leading_index():
+    scores, labels = scores_with_ties()
+    wanted = [sklearn.metrics.roc_auc_score(labels, row) for row in scores]
+    np.testing.assert_allclose(metrics.auroc(scores, labels), wanted, rtol=1e-6)
+    np.testing.assert_allclose(metrics.auroc(scores + 3, labels), wanted, rtol=1e-6)
+    np.testing.assert_allclose(metrics.auroc(np.zeros_like(scores), labels), 0.5)
+
+
+@pytest.mark.parametrize("fpr", [0.0, 0.05, 0.1, 0.3, 1.0])
+def test_tpr_at_fpr_is_the_best_threshold_of_scikit_learns_curve(fpr):
+    scores, labels = scores_with_ties()
+    for row in scores:
+        false, true, _ = sklearn.metrics.roc_curve(labels, row, drop_intermediate=False)
+        np.testing.assert_allclose(metrics.tpr_at_fpr(row, labels, fpr), true[false <= fpr + 1e-9].max(), rtol=1e-6)
+
+
+def test_spearman_is_scipys_with_ties():
+    a, b = np.round(np.random.default_rng(1).normal(size=(2, 40)), 0)
+    np.testing.assert_allclose(metrics.spearman(a, b), scipy.stats.spearmanr(a, b).statistic, rtol=1e-5)
+    np.testing.assert_allclose(metrics.mean_ranks(a), scipy.stats.rankdata(a))
+    assert np.isnan(metrics.spearman(a, np.ones_like(a)))
+
+
+def test_macro_f1_is_scikit_learns_and_an_absent_class_counts_nothing():
+    rng = np.random.default_rng(2)
+    predicted, labels = rng.integers(0, 4, (2, 50))
+    for classes in (4, 5):
+        wanted = sklearn.metrics.f1_score(
+            labels, predicted, average="macro", labels=np.arange(classes), zero_division=0
+        )
+        np.testing.assert_allclose(metrics.macro_f1(predicted, labels, classes), wanted, rtol=1e-6)
+
+
+def test_jensen_shannon_is_scipys_symmetric_and_zero_between_equals():
+    p, q = np.random.default_rng(3).normal(size=(2, 5, 9)).astype(np.float32)
+    probabilities = [np.asarray(jax.nn.softmax(x)) for x in (p, q)]
+    wanted = [scipy.spatial.distance.jensenshannon(a, b) ** 2 for a, b in zip(*probabilities, strict=True)]
+    np.testing.assert_allclose(metrics.jensen_shannon(p, q), wanted, atol=1e-6)
+    np.testing.assert_allclose(metrics.jensen_shannon(q, p), wanted, atol=1e-6)
+    np.testing.assert_allclose(metrics.jensen_shannon(p, p), 0, atol=1e-6)
+
+
+def test_scores_of_a_single_class_and_of_other_lengths_are_refused():
+    with pytest.raises(ValueError, match="both 0 and 1"):
+        metrics.auroc(np.zeros(3), np.ones(3, int))
+    with pytest.raises(ValueError, match=r"wanted \(..., N\) and \(N,\)"):
+        metrics.tpr_at_fpr(np.zeros(3), np.ones(4, int), 0.1)
+    with pytest.raises(ValueError, match="fpr must be in"):
+        metrics.tpr_at_fpr(np.zeros(2), np.arange(2), 1.5)
+    with pytest.raises(ValueError, match="N >= 2"):
+        metrics.spearman(np.zeros(1), np.zeros(1))

@@ -1,0 +1,1 @@
+"""Steering: edits of activations that change what a model does."""

@@ -127,9 +127,8 @@ def grid(
     layers = np.arange(size.layers)
 
     def one_program() -> np.ndarray:
-        return dose_grid(model, params, vector.values[None], texts, layers=layers, strengths=strengths, tokens=answers)[
-            0
-        ]
+        found = dose_grid(model, params, vector.values[None], texts, layers=layers, strengths=strengths, tokens=answers)
+        return np.asarray(found[0])
 
     @jax.jit
     def one(params: Any, layer: jax.Array, strength: jax.Array) -> jax.Array:

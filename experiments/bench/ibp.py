@@ -163,7 +163,7 @@ def _store(net: Network, folder: Path) -> None:
 
 def _print(record: dict[str, Any]) -> None:
     peers = list(record["machine"]["peers"])
-    table = Table("step", "ours (ms)", *(f"{name} over ours" for name in peers), "difference of margins, of the largest")
+    table = Table("step", "ours (ms)", *(f"{name} over ours" for name in peers), "difference, of the largest margin")
     for case, found in record.items():
         if case in ("size", "machine"):
             continue

@@ -10,6 +10,7 @@ import pytest
 
 from mechlab.core import select
 from mechlab.core.kernel_forms import as_array
+from mechlab.core.rng import stream
 from mechlab.core.transforms import AdapterState, on_state
 from mechlab.methods.adaptation.lora import (
     beside,
@@ -269,7 +270,7 @@ def test_beside_acts_as_merged_in_value_and_gradient(make):
     train = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.train)
 
     def loss(train, build):
-        return jnp.square(DECODER.apply({"params": build(params, AdapterState(train, state.fixed))}, tokens)).mean()
+        return jnp.square(DECODER.apply({"params": build(params, AdapterState(train, state.fixed))}, tokens)).sum()
 
     def unmerged(params, state):
         return beside(params, state, scale=3.0)
@@ -284,8 +285,10 @@ def test_one_program_serves_many_adapters_beside_one_base():
     adapter, tokens = lora(2, pattern=EVERY_KERNEL), jnp.asarray([[1, 5, 2], [3, 3, 9]])
 
     def trained(key):
-        train = adapter.init(key, params).train
-        return AdapterState({path: ab | {"B": jax.random.normal(key, ab["B"].shape)} for path, ab in train.items()})
+        train = adapter.init(stream(key, "start"), params).train
+        return AdapterState(
+            {path: ab | {"B": jax.random.normal(stream(key, path), ab["B"].shape)} for path, ab in train.items()}
+        )
 
     many = jax.vmap(trained)(jax.random.split(jax.random.key(1), 2))
     served = jax.vmap(lambda state, text: DECODER.apply({"params": beside(params, state)}, text[None])[0])(many, tokens)

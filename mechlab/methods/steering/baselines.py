@@ -35,7 +35,7 @@ from mechlab.core.model import Model
 from mechlab.core.rng import streams
 from mechlab.data.splits import split_indices
 from mechlab.methods.steering.austeer import au_mask, au_momentum, au_ranks, require_budget, require_finite
-from mechlab.methods.steering.vectors import SITE, SteeringVector, describe, steer
+from mechlab.methods.steering.vectors import SITE
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -57,27 +57,36 @@ class ITI:
     ranks: Int[Array, "L H"]
 
 
-def caa_edits(
-    model: Model,
-    acts_pos: Float[ArrayLike, "N L D"],
-    acts_neg: Float[ArrayLike, "N L D"],
-    *,
-    layer: Any,
-    alpha: Any,
-) -> dict[str, Any]:
-    """Add alpha times the mean difference to the residual stream after one layer, at all positions.
+def caa_vector(acts_pos: Float[ArrayLike, "N L D"], acts_neg: Float[ArrayLike, "N L D"]) -> Float[Array, "L D"]:
+    """mean(A+ - A-) at every layer.
 
     Args:
-      model: the model that was read.
       acts_pos, acts_neg: (N, L, D) states of pairs at ``resid_post``.
-      layer: 0..L - 1; may be traced, like alpha.
-      alpha: strength.
 
     Raises:
-      ValueError: as ``au_momentum`` and ``vectors.steer``.
+      ValueError: as ``au_momentum``.
     """
-    vector = SteeringVector(au_momentum(acts_pos, acts_neg).mean(0), SITE, describe(model))
-    return steer(model, vector, layer=layer, strength=alpha)
+    return au_momentum(acts_pos, acts_neg).mean(0)
+
+
+def caa_shift(vector: Float[Array, "L D"], layer: Any, alpha: Any) -> Float[Array, "L D"]:
+    """alpha times the vector in one layer, 0 in the others: what ``caa_edits`` adds; both may be traced.
+
+    Raises:
+      ValueError: an alpha that is not finite, where it is known.
+    """
+    require_finite("alpha", alpha)
+    inside = jnp.arange(len(vector)) == layer
+    return jnp.where(inside[:, None], alpha * vector, 0.0)
+
+
+def caa_edits(model: Model, shift: Float[ArrayLike, "L D"]) -> dict[str, Any]:
+    """Add a shift (L, D) to the residual stream after every block, at all positions.
+
+    Raises:
+      ValueError: a shift of another shape.
+    """
+    return at(model.sites, SITE, Add(_require_shape(model, SITE, shift)), stacked=True)
 
 
 def iti_fit(
@@ -175,10 +184,7 @@ def iti_edits(
     Raises:
       ValueError: a shift of another shape.
     """
-    entry = model.sites.named("attn_z")[0]
-    wanted = (entry.layers, *entry.value.shape[2:])
-    if np.shape(shift) != wanted:
-        raise ValueError(f"shift: wanted (layers, heads, width of a head) = {wanted}, got {np.shape(shift)}.")
+    _require_shape(model, "attn_z", shift)
     span = None if start is None else (jnp.asarray(start), jnp.asarray(start) * 0 + model.module.config.context)
     return at(model.sites, "attn_z", Add(shift), span=span, stacked=True)
 
@@ -235,3 +241,11 @@ def random_ranks(key: jax.Array, shape: tuple[int, int]) -> Int[Array, "L D"]:
 def inverse_ranks(scores: Float[ArrayLike, "L D"]) -> Int[Array, "L D"]:
     """The least consistent units first."""
     return np.size(scores) - 1 - au_ranks(scores)
+
+
+def _require_shape(model: Model, site: str, shift: ArrayLike) -> jax.Array:
+    entry = model.sites.named(site)[0]
+    wanted = (entry.layers, *entry.value.shape[2:])
+    if np.shape(shift) != wanted:
+        raise ValueError(f'shift: wanted shape {wanted} at "{site}", got {np.shape(shift)}.')
+    return jnp.asarray(shift)

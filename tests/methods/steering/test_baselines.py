@@ -31,7 +31,8 @@ def planted(n=80, seed=0):
 
 def test_caa_adds_the_mean_difference_in_one_layer():
     pos, neg = np.random.default_rng(0).normal(size=(2, 5, 3, 16)).astype(np.float32)
-    edits = baselines.caa_edits(MODEL, pos, neg, layer=1, alpha=0.5)
+    shift = baselines.caa_shift(baselines.caa_vector(pos, neg), 1, 0.5)
+    edits = baselines.caa_edits(MODEL, shift)
     plain, moved = (
         MODEL.capture({"params": PARAMS, **more}, TEXTS.tokens, sites=("resid_post",))[1]["resid_post"]
         for more in ({}, {"edits": edits})
@@ -159,7 +160,7 @@ def test_bad_input_is_refused():
         baselines.iti_shift(fit, 13, 1.0)
     with pytest.raises(ValueError, match="alpha must be finite"):
         baselines.iti_shift(fit, 1, float("inf"))
-    with pytest.raises(ValueError, match=r"wanted \(layers, heads, width of a head\) = \(3, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"shift: wanted shape \(3, 4, 6\) at .attn_z., got"):
         baselines.iti_edits(MODEL, fit.shift[..., :4])
     with pytest.raises(ValueError, match="wanted one shape"):
         baselines.matched_mask(np.ones((2, 3)), np.zeros((3, 2), int), 1, 1.0)

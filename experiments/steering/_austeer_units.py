@@ -1,0 +1,139 @@
+"""How single units differ: each one steered alone, against its whole block; and what units write into the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.steering import _austeer_lab as lab
+from experiments.steering._austeer_tasks import PLANTED_RIGHT, PLANTED_WRONG, Items, Subject
+from mechlab.analysis.intervals import resampled_auroc
+from mechlab.analysis.metrics import auroc
+from mechlab.methods.steering import austeer, baselines
+from mechlab.reporting.results import Metric
+
+
+class Scan(NamedTuple):
+    """AUROC gained over the unsteered model, on dev items.
+
+    Attributes:
+      units: (L, D) by site, each unit steered alone.
+      blocks: (L,) by site, all units of the layer at once, by the same rule.
+      band: half-width of the band that holds the noise of *all* units at once in 95 % of bootstrap samples.
+      test: by site (L, 2): the unit that was best on dev, and the block, on test items.
+    """
+
+    units: dict[str, np.ndarray]
+    blocks: dict[str, np.ndarray]
+    band: float
+    test: dict[str, np.ndarray]
+
+
+class Words(NamedTuple):
+    """Some units: names, the tokens that they write most, and their mutual Jensen-Shannon divergences (nats)."""
+
+    names: list[str]
+    tokens: list[str]
+    divergence: np.ndarray
+
+
+def scan(
+    key: jax.Array, subject: Subject, reading: lab.Reading, dev: Items, test: Items, alpha: float, resamples: int = 400
+) -> Scan:
+    """Steer every unit of both sites alone at one alpha, and every block.
+
+    Args:
+      key: of the bootstrap.
+      subject, reading: whom, and by which scores.
+      dev, test: items of one seed, (1, N, ...).
+      alpha: strength of units and blocks alike.
+      resamples: bootstrap samples of the band.
+    """
+    model, layers = subject.model, subject.model.module.config.layers
+
+    def alone(site: str) -> jax.Array:
+        scores = reading.scores[site]
+        return alpha * scores * jnp.eye(scores.size).reshape(-1, *scores.shape)
+
+    def blocks(site: str) -> jax.Array:
+        return jax.vmap(lambda layer: baselines.whole_block(reading.scores[site], layer, alpha))(jnp.arange(layers))
+
+    def aurocs(items: Items, masks: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+        parts = [lab.arms_of(model, 1), *(lab.arms_of(model, len(m), **{site: m}) for site, m in masks.items())]
+        arms = lab.join(parts)
+        logits = lab.scores_of(subject, items, arms, np.zeros(len(arms.attn), int))
+        margins, first = logits[..., 0] - logits[..., 1], np.asarray(items.right[0]) == 0
+        return margins, np.asarray(auroc(margins, first))
+
+    masks = {site: jnp.concatenate([alone(site), blocks(site)]) for site in lab.SITES}
+    margins, found = aurocs(dev, masks)
+    draws = np.asarray(resampled_auroc(key, margins, np.asarray(dev.right[0]) == 0, resamples=resamples))
+    gain, noise = found - found[0], (draws - draws[0]) - (found - found[0])[:, None]
+    units, of_blocks, noises, start = {}, {}, [], 1
+    for site in lab.SITES:
+        n = reading.scores[site].size
+        units[site] = gain[start : start + n].reshape(reading.scores[site].shape)
+        of_blocks[site] = gain[start + n : start + n + layers]
+        noises.append(noise[start : start + n])
+        start += n + layers
+    band = float(np.quantile(np.abs(np.concatenate(noises)).max(0), 0.95))
+
+    best = {
+        site: jnp.concatenate(
+            [masks[site][np.arange(layers) * x.shape[1] + x.argmax(1)], masks[site][-layers:]]
+        )
+        for site, x in units.items()
+    }  # fmt: skip
+    _, on_test = aurocs(test, best)
+    halves = (on_test[1:] - on_test[0]).reshape(len(lab.SITES), 2, layers)
+    return Scan(units, of_blocks, band, {site: halves[i].T for i, site in enumerate(lab.SITES)})
+
+
+def scan_metrics(found: Scan, items: int) -> dict[str, Metric]:
+    """The numbers of a scan that claims and the page quote."""
+    metrics = {"scan/band": Metric(value=found.band, n=items, unit="AUROC")}
+    for site, units in found.units.items():
+        lead = units.max(1) - found.blocks[site]
+        layer = int(lead.argmax())
+        of_test = found.test[site][layer]
+        metrics |= {
+            f"scan/{site}/lead": Metric(value=lead[layer], n=items, unit="AUROC"),
+            f"scan/{site}/layer": Metric(value=layer),
+            f"scan/{site}/best_unit": Metric(value=units.max(1)[layer], n=items, unit="AUROC"),
+            f"scan/{site}/block": Metric(value=found.blocks[site][layer], n=items, unit="AUROC"),
+            f"scan/{site}/test_lead": Metric(value=of_test[0] - of_test[1], unit="AUROC"),
+            f"scan/{site}/layers_led": Metric(value=int((lead > 0).sum()), n=len(lead), unit="layers"),
+            f"scan/{site}/helpful": Metric(value=int((units > found.band).sum()), n=units.size, unit="units"),
+            f"scan/{site}/harmful": Metric(value=int((units < -found.band).sum()), n=units.size, unit="units"),
+        }
+    return metrics
+
+
+def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 4) -> Words:
+    """The first k units: which tokens each writes most, with the sign that it is steered by, and how unlike they are."""
+    layers, dims, beta = austeer.select_aus(scores, k)
+    tables = {layer: austeer.au_token_logits(subject.model, subject.params, int(layer), site) for layer in set(layers)}
+    rows = jnp.stack([tables[layer][dim] * np.sign(b) for layer, dim, b in zip(layers, dims, beta, strict=True)])
+    best = np.asarray(jax.lax.top_k(rows, top)[1])
+    spelled = [", ".join(subject.decode([int(token)]).strip() for token in row) for row in best]
+    names = [f"{layer}.{dim}{'+' if b > 0 else '-'}" for layer, dim, b in zip(layers, dims, beta, strict=True)]
+    return Words(names, spelled, np.asarray(austeer.au_js(rows)))
+
+
+def planted_metrics(readings: list[lab.Reading]) -> dict[str, Metric]:
+    """In every seed: how many of the planted units are among the eight chosen ones, and with the right sign."""
+    found: dict[str, list[float]] = {"found": [], "signs": []}
+    for reading in readings:
+        chosen: dict[tuple[int, int], Any] = {}
+        for layer, dim, beta in zip(*austeer.select_aus(reading.scores["ffn"], 8), strict=True):
+            chosen[int(layer), int(dim)] = beta
+        wanted = {(0, dim): 1 for dim in PLANTED_RIGHT} | {(0, dim): -1 for dim in PLANTED_WRONG}
+        found["found"].append(sum(unit in chosen for unit in wanted))
+        found["signs"].append(sum(chosen.get(unit, 0) * sign > 0 for unit, sign in wanted.items()))
+    return {
+        f"planted/{name}": Metric(value=min(values), n=len(values), unit="of 8", per_seed=tuple(values))
+        for name, values in found.items()
+    }

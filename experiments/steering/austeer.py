@@ -1,0 +1,299 @@
+"""AUSteer (arXiv 2602.04428): does scaling a few single dimensions steer better than moving whole vectors?
+
+    python -m experiments run austeer                   # about 5 minutes on two cores
+    python -m experiments run austeer --preset smoke    # a behaviour planted by hand, seconds
+
+Items have two candidate answers. Units are scored on pairs of texts that end in the right and in the wrong one; site, k
+and alpha are chosen on dev items; names, things and cues of train, dev and test are disjoint. CAA, ITI, SADI and whole
+blocks get as many dev evaluations; no steering, a constant added to one answer's logit, as strong random units, the
+least consistent units and two other scores are controls. Every disturbance of a model moves its bias for one answer, and
+so its plain accuracy, up or down: AUROC, which knows no bias, is reported beside it, and settings are chosen by the mean
+of both. One task is also scanned unit by unit.
+
+The paper's numbers are of models with billions of parameters; ours are on docs/papers/austeer.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.steering import _austeer_figures as draw
+from experiments.steering import _austeer_lab as lab
+from experiments.steering import _austeer_units as units
+from experiments.steering._austeer_claims import CLAIMS
+from experiments.steering._austeer_measures import Outcome, pooled, summarise
+from experiments.steering._austeer_tasks import Items, Subject, stacked
+from mechlab.analysis.margins import list_correct, tune_offsets
+from mechlab.analysis.metrics import auroc
+from mechlab.core.rng import stream
+from mechlab.methods.steering import austeer
+from mechlab.reporting.log import Log
+from mechlab.reporting.results import Metric, Result, judge_claims
+
+__all__ = ["CLAIMS", "PRESETS", "Config", "run"]
+
+ALL_TASKS = ("planted", *lab.TALES, *lab.STORIES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run.
+
+    Attributes:
+      tasks: "planted" in a random model; recall, mood, agree, ioi in tales-L, at its usual difficulty; stories_mood,
+        stories_recall in stories260K.
+      seeds: draws of training, dev and test items.
+      tales_seeds: the same for tales-L, whose forwards cost most.
+      pairs: N, from which units are scored.
+      dev, test: numbers of items.
+      tales_dev, tales_test: the same for tales-L.
+      ks, alphas: AUSteer's grid.
+      tales_ks, tales_alphas: the same for tales-L.
+      randoms: random choices of units.
+      scan_task: the task whose units are steered one by one; empty for none.
+      scan_alpha: strength of the scan.
+      words: units whose tokens are listed.
+    """
+
+    tasks: tuple[str, ...] = ("planted", "recall", "mood", "agree", "stories_mood", "stories_recall")
+    seeds: int = 3
+    tales_seeds: int = 1
+    pairs: int = 200
+    dev: int = 100
+    test: int = 400
+    tales_dev: int = 60
+    tales_test: int = 200
+    ks: tuple[int, ...] = (1, 4, 16, 64, 100)
+    alphas: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
+    tales_ks: tuple[int, ...] = (1, 16, 100)
+    tales_alphas: tuple[float, ...] = (1.0, 5.0, 20.0)
+    randoms: int = 10
+    scan_task: str = "stories_mood"
+    scan_alpha: float = 5.0
+    words: int = 16
+
+    def __post_init__(self) -> None:
+        unknown = [task for task in self.tasks if task not in ALL_TASKS]
+        if unknown or not self.tasks:
+            raise ValueError(f"tasks: unknown {unknown}; known: {', '.join(ALL_TASKS)}")
+        if self.scan_task and self.scan_task not in self.tasks:
+            raise ValueError(f'scan_task: "{self.scan_task}" is not one of the tasks {self.tasks}')
+        if min(*self.ks, *self.tales_ks) < 1 or not np.isfinite([*self.alphas, *self.tales_alphas]).all():
+            raise ValueError("ks must be at least 1, alphas finite")
+        if min(*self.alphas, *self.tales_alphas) <= 0:
+            raise ValueError("alphas must be positive: beta has the sign")
+        if min(self.seeds, self.tales_seeds, self.randoms, self.words) < 1 or self.pairs < 10:
+            raise ValueError("seeds, randoms and words must be at least 1, pairs at least 10")
+        if min(self.dev, self.test, self.tales_dev, self.tales_test) < 4:
+            raise ValueError("dev and test must have at least 4 items")
+
+    def grid(self, task: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """AUSteer's k and alpha on this task."""
+        return (self.tales_ks, self.tales_alphas) if task in lab.TALES else (self.ks, self.alphas)
+
+    def sizes(self, task: str) -> tuple[int, int, int]:
+        """Seeds, dev items and test items of this task."""
+        tales = self.tales_seeds, self.tales_dev, self.tales_test
+        return tales if task in lab.TALES else (self.seeds, self.dev, self.test)
+
+
+_PAPER_KS, _PAPER_ALPHAS = (2, 4, 8, 16, 50, 64, 80, 100), (5.0, 8.0, 10.0, 15.0, 20.0, 50.0, 100.0)
+
+PRESETS: dict[str, Config] = {
+    "smoke": Config(
+        tasks=("planted",),
+        seeds=2,
+        pairs=32,
+        dev=48,
+        test=96,
+        ks=(2, 8),
+        alphas=(0.5, 2.0),
+        randoms=3,
+        scan_task="planted",
+        scan_alpha=2.0,
+        words=8,
+    ),
+    "cpu": Config(),
+    "accel": Config(
+        tasks=ALL_TASKS,
+        seeds=5,
+        tales_seeds=5,
+        pairs=1000,
+        dev=500,
+        test=2000,
+        tales_dev=500,
+        tales_test=2000,
+        ks=_PAPER_KS,
+        alphas=_PAPER_ALPHAS,
+        tales_ks=_PAPER_KS,
+        tales_alphas=_PAPER_ALPHAS,
+        scan_task="recall",
+    ),
+    # The paper's grid on our subjects; its own models, of 7 to 9 billion parameters, are not wired up.
+    "paper": Config(
+        tales_seeds=3,
+        pairs=1000,
+        tales_dev=100,
+        tales_test=500,
+        ks=_PAPER_KS,
+        alphas=_PAPER_ALPHAS,
+        tales_ks=_PAPER_KS,
+        tales_alphas=_PAPER_ALPHAS,
+    ),
+}
+
+
+def run(key: jax.Array, config: Config, log: Log) -> Result:
+    """Every task of every subject, then the units of one, claims and figures."""
+    metrics: dict[str, Metric] = {}
+    outcomes: dict[str, Outcome] = {}
+    scanned, spelled = None, None
+    for where, subject in lab.make_subjects(key, config, log).items():
+        for name in subject.tasks:
+            log.say(f"{where}: {name}")
+            readings, dev, test, outcomes[name] = one_task(stream(key, name), subject, name, config, log)
+            metrics |= summarise(stream(key, name, "bootstrap"), name, outcomes[name])
+            if name == "planted":
+                metrics |= units.planted_metrics(readings)
+            if name == config.scan_task:
+                first = jax.tree.map(lambda x: x[:1], (dev, test))
+                scanned = units.scan(stream(key, "scan"), subject, readings[0], *first, config.scan_alpha)
+                metrics |= units.scan_metrics(scanned, dev.right.shape[1])
+            if spelled is None or name in lab.TALES[:1]:
+                site = lab.SITES[int(outcomes[name].choices[0]["austeer"]["site"])]
+                spelled = units.words(subject, readings[0].scores[site], site, config.words)
+    if len(outcomes) > ("planted" in outcomes):
+        metrics |= pooled(stream(key, "pooled"), {task: x for task, x in outcomes.items() if task != "planted"})
+    assert spelled is not None
+    for unit, tokens in zip(spelled.names, spelled.tokens, strict=True):
+        log.say(f"  unit {unit} writes: {tokens}")
+    above = spelled.divergence[np.triu_indices(len(spelled.names), 1)]
+    metrics["divergence"] = Metric(value=float(above.mean()) if above.size else 0.0, n=len(spelled.names), unit="nats")
+    grids = {task: config.grid(task) for task in outcomes}
+    figures = draw.all_figures(
+        outcomes,
+        metrics,
+        {task: ks for task, (ks, _) in grids.items()},
+        {task: alphas for task, (_, alphas) in grids.items()},
+        scanned,
+        spelled,
+    )
+    return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
+
+
+def one_task(
+    key: jax.Array, subject: Subject, name: str, config: Config, log: Log
+) -> tuple[list[lab.Reading], Items, Items, Outcome]:
+    """Score units, choose on dev, test: all seeds of a task at once."""
+    task, (ks, alphas) = subject.tasks[name], config.grid(name)
+    seeds, n_dev, n_test = config.sizes(name)
+    readings = lab.read(key, subject, task, seeds, config.pairs)
+    dev, test = (
+        stacked([task.draw(stream(key, pool, seed), n, pool) for seed in range(seeds)])
+        for pool, n in (("dev", n_dev), ("test", n_test))
+    )
+    tuned = [lab.tuned_arms(subject.model, reading, ks, alphas) for reading in readings]
+    none = lab.arms_of(subject.model, 1)
+    dev_logits = ask(subject, dev, [lab.join([none, *(x.arms for x in of_seed.values())]) for of_seed in tuned])
+    dev_right = np.asarray(dev.right)
+
+    choices, arms, chosen_at, names = [], [], [], []
+    for seed, of_seed in enumerate(tuned):
+        areas, hits = areas_and_hits(dev_logits[seed], dev_right[seed])
+        worth = (areas + hits.mean(-1)) / 2
+        places, start = {}, 1
+        for method, options in of_seed.items():
+            places[method] = start + int(worth[start : start + len(options.arms.attn)].argmax())
+            start += len(options.arms.attn)
+        starts = np.cumsum([1, *(len(x.arms.attn) for x in of_seed.values())])
+        cells = {m: places[m] - int(begin) for m, begin in zip(of_seed, starts, strict=False)}
+        settings = {m: {s: v[cells[m]] for s, v in of_seed[m].settings.items()} for m in of_seed}
+        choices.append(settings)
+        chosen_at.append(places)
+        ours = settings["austeer"]
+        site, k, alpha = lab.SITES[ours["site"]], int(ours["k"]), float(ours["alpha"])
+        controls, control_arms = lab.control_arms(
+            stream(key, "random", seed), subject.model, readings[seed], site, k, alpha, config.randoms
+        )
+        arms.append(lab.join([none, *(lab.pick(of_seed[m].arms, cells[m]) for m in of_seed), control_arms]))
+        names = ["none", *of_seed, *controls]
+    logits = ask(subject, test, arms)
+
+    found = [areas_and_hits(logits[s], np.asarray(test.right[s])) for s in range(seeds)]
+    grid_shape = (seeds, len(lab.SITES), len(ks), len(alphas))
+    cells_of_ours = slice(1, 1 + len(lab.SITES) * len(ks) * len(alphas))
+    dev_found = [areas_and_hits(dev_logits[s], dev_right[s]) for s in range(seeds)]
+    outcome = Outcome(
+        arms=names,
+        margins=logits[..., 0] - logits[..., 1],
+        hits=np.stack([hits for _, hits in found]),
+        first=np.asarray(test.right) == 0,
+        offset=np.stack([offset_hits(dev_logits[s, 0], dev.right[s], logits[s, 0], test.right[s]) for s in range(seeds)]),
+        corrected={
+            arm: np.stack(
+                [
+                    offset_hits(dev_logits[s, chosen_at[s][arm]], dev.right[s], logits[s, i], test.right[s])
+                    for s in range(seeds)
+                ]
+            )
+            for i, arm in enumerate(names)
+            if arm in lab.TUNED
+        },
+        choices=choices,
+        ties=np.asarray(
+            [
+                austeer.tie_count(reading.scores[lab.SITES[c["austeer"]["site"]]], int(c["austeer"]["k"]))
+                for reading, c in zip(readings, choices, strict=True)
+            ]
+        ),
+        dev_auroc=np.stack([areas[cells_of_ours] for areas, _ in dev_found]).reshape(grid_shape),
+        dev_hits=np.stack([hits[cells_of_ours].mean(-1) for _, hits in dev_found]).reshape(grid_shape),
+        ranks=[ranked_layers(reading, choice) for reading, choice in zip(readings, choices, strict=True)],
+    )
+    say_text(subject, test, name, outcome, lab.pick(arms[0], names.index("austeer")), log)
+    return readings, dev, test, outcome
+
+
+def ask(subject: Subject, items: Items, arms: list[lab.Arm]) -> np.ndarray:
+    """Logits (S, A, N, 2) of each seed's arms on its own items."""
+    n = len(arms[0].attn)
+    logits = lab.scores_of(subject, items, lab.join(arms), np.repeat(np.arange(len(arms)), n))
+    return logits.reshape(len(arms), n, *logits.shape[1:])
+
+
+def areas_and_hits(logits: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC (A,) of the margins, and hits (A, N), of logits (A, N, 2)."""
+    areas = auroc(logits[..., 0] - logits[..., 1], right == 0)
+    return np.asarray(areas), np.asarray(list_correct(jnp.asarray(logits), right))
+
+
+def offset_hits(dev: np.ndarray, dev_right: Any, test: np.ndarray, test_right: Any) -> np.ndarray:
+    """Hits on test items (N, 2) after the constants that are best on dev items."""
+    offsets = tune_offsets(jnp.asarray(dev), dev_right)
+    return np.asarray(list_correct(jnp.asarray(test), test_right, offsets))
+
+
+def ranked_layers(reading: lab.Reading, choice: dict[str, dict[str, Any]]) -> np.ndarray:
+    """(100, 2) at most: layer and place of the first units at the chosen site."""
+    scores = reading.scores[lab.SITES[choice["austeer"]["site"]]]
+    layers, _, _ = austeer.select_aus(scores, min(100, scores.size))
+    return np.stack([layers, np.arange(len(layers))], 1)
+
+
+def say_text(subject: Subject, test: Items, name: str, found: Outcome, arm: lab.Arm, log: Log) -> None:
+    """Show a prompt whose answer was wrong and is now right, where there is one, with its greedy continuations."""
+    none, ours = (found.hits[0, found.arms.index(which)] for which in ("none", "austeer"))
+    mended, changed = np.flatnonzero(ours & ~none), np.flatnonzero(ours != none)
+    row = int([*mended, *changed, 0][0])
+    prompt, before, after = lab.continuations(subject, test, row, arm)
+    sides = [subject.decode([int(token)]).strip() for token in test.candidates[0, row]]
+    setting = {key: float(value) for key, value in found.choices[0]["austeer"].items()}
+    log.say(
+        f"  AUSteer of seed 0: {setting}\n  prompt: {prompt}\n  right: {sides[int(test.right[0, row])]}, of {sides}\n"
+        f"  not steered: {before}\n  steered: {after}"
+    )

@@ -181,7 +181,7 @@ def tuned_arms(model: Model, reading: Reading, ks: Sequence[int], alphas: Sequen
         alpha=jnp.asarray(strengths(min(alphas), max(alphas), budget // (2 * config.layers)), jnp.float32),
     )
     found["block"] = by_site(
-        {s: jax.vmap(lambda l, a, s=s: baselines.whole_block(reading.scores[s], l, a))(cells["layer"], cells["alpha"])
+        {s: jax.vmap(lambda layer, a, s=s: baselines.whole_block(reading.scores[s], layer, a))(cells["layer"], cells["alpha"])
          for s in SITES}, {name: np.asarray(x) for name, x in cells.items()})  # fmt: skip
     cells = grid(
         layer=jnp.arange(config.layers), alpha=jnp.asarray(strengths(0.25, 8, budget // config.layers), jnp.float32)

@@ -33,7 +33,7 @@ class Scan(NamedTuple):
 
 
 class Words(NamedTuple):
-    """Some units: names, the tokens that they write most, and their mutual Jensen-Shannon divergences (nats)."""
+    """Some units: names, the tokens that they raise and lower most, and their mutual Jensen-Shannon divergences (nats)."""
 
     names: list[str]
     tokens: list[str]
@@ -112,13 +112,17 @@ def scan_metrics(found: Scan, items: int) -> dict[str, Metric]:
     return metrics
 
 
-def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 4) -> Words:
-    """The first k units: which tokens each writes most, with the sign that it is steered by, and how unlike they are."""
+def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 3) -> Words:
+    """The first k units: which tokens the slice of each raises and lowers most, and how unlike the slices are."""
     layers, dims, beta = austeer.select_aus(scores, k)
     tables = {layer: austeer.au_token_logits(subject.model, subject.params, int(layer), site) for layer in set(layers)}
-    rows = jnp.stack([tables[layer][dim] * np.sign(b) for layer, dim, b in zip(layers, dims, beta, strict=True)])
-    best = np.asarray(jax.lax.top_k(rows, top)[1])
-    spelled = [", ".join(subject.decode([int(token)]).strip() for token in row) for row in best]
+    rows = jnp.stack([tables[layer][dim] for layer, dim in zip(layers, dims, strict=True)])
+
+    def ends(sign: int) -> list[str]:
+        best = np.asarray(jax.lax.top_k(sign * rows, top)[1])
+        return [", ".join(subject.decode([int(token)]).strip() for token in row) for row in best]
+
+    spelled = [f"{up} | {down}" for up, down in zip(ends(1), ends(-1), strict=True)]
     names = [f"{layer}.{dim}{'+' if b > 0 else '-'}" for layer, dim, b in zip(layers, dims, beta, strict=True)]
     return Words(names, spelled, np.asarray(austeer.au_js(rows)))
 

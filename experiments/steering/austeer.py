@@ -45,7 +45,7 @@ class Config:
     """One run.
 
     Attributes:
-      tasks: "planted" in a random model; recall, mood, agree, ioi in tales-L, at its usual difficulty; stories_mood,
+      tasks: "planted" in a random model, always with 32 pairs and a small grid; recall, mood, agree, ioi in tales-L, at its usual difficulty; stories_mood,
         stories_recall in stories260K.
       seeds: draws of training, dev and test items.
       tales_seeds: the same for tales-L, whose forwards cost most.
@@ -94,12 +94,17 @@ class Config:
 
     def grid(self, task: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """AUSteer's k and alpha on this task."""
+        if task == "planted":
+            return (2, 8), (0.5, 2.0)
         return (self.tales_ks, self.tales_alphas) if task in lab.TALES else (self.ks, self.alphas)
 
-    def sizes(self, task: str) -> tuple[int, int, int]:
-        """Seeds, dev items and test items of this task."""
-        tales = self.tales_seeds, self.tales_dev, self.tales_test
-        return tales if task in lab.TALES else (self.seeds, self.dev, self.test)
+    def sizes(self, task: str) -> tuple[int, int, int, int]:
+        """Seeds, pairs, dev items and test items of this task."""
+        if task == "planted":
+            return self.seeds, 32, 48, 96
+        if task in lab.TALES:
+            return self.tales_seeds, self.pairs, self.tales_dev, self.tales_test
+        return self.seeds, self.pairs, self.dev, self.test
 
 
 _PAPER_KS, _PAPER_ALPHAS = (2, 4, 8, 16, 50, 64, 80, 100), (5.0, 8.0, 10.0, 15.0, 20.0, 50.0, 100.0)
@@ -108,11 +113,6 @@ PRESETS: dict[str, Config] = {
     "smoke": Config(
         tasks=("planted",),
         seeds=2,
-        pairs=32,
-        dev=48,
-        test=96,
-        ks=(2, 8),
-        alphas=(0.5, 2.0),
         randoms=3,
         scan_task="planted",
         scan_alpha=2.0,
@@ -171,7 +171,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         metrics |= pooled(stream(key, "pooled"), {task: x for task, x in outcomes.items() if task != "planted"})
     assert spelled is not None
     for unit, tokens in zip(spelled.names, spelled.tokens, strict=True):
-        log.say(f"  unit {unit} writes: {tokens}")
+        log.say(f"  unit {unit} raises | lowers: {tokens}")
     above = spelled.divergence[np.triu_indices(len(spelled.names), 1)]
     metrics["divergence"] = Metric(value=float(above.mean()) if above.size else 0.0, n=len(spelled.names), unit="nats")
     grids = {task: config.grid(task) for task in outcomes}
@@ -191,8 +191,8 @@ def one_task(
 ) -> tuple[list[lab.Reading], Items, Items, Outcome]:
     """Score units, choose on dev, test: all seeds of a task at once."""
     task, (ks, alphas) = subject.tasks[name], config.grid(name)
-    seeds, n_dev, n_test = config.sizes(name)
-    readings = lab.read(key, subject, task, seeds, config.pairs)
+    seeds, pairs, n_dev, n_test = config.sizes(name)
+    readings = lab.read(key, subject, task, seeds, pairs)
     dev, test = (
         stacked([task.draw(stream(key, pool, seed), n, pool) for seed in range(seeds)])
         for pool, n in (("dev", n_dev), ("test", n_test))
@@ -201,49 +201,49 @@ def one_task(
     none = lab.arms_of(subject.model, 1)
     dev_logits = ask(subject, dev, [lab.join([none, *(x.arms for x in of_seed.values())]) for of_seed in tuned])
     dev_right = np.asarray(dev.right)
+    dev_found = [areas_and_hits(logits, right) for logits, right in zip(dev_logits, dev_right, strict=True)]
 
-    choices, arms, chosen_at, names = [], [], [], []
+    # Arm 0 is no steering; the options of each method follow.
+    starts = dict(zip(tuned[0], np.cumsum([1, *(len(x.arms.attn) for x in tuned[0].values())]).tolist(), strict=False))
+    choices, arms = [], []
+    places: list[dict[str, int]] = []
     for seed, of_seed in enumerate(tuned):
-        areas, hits = areas_and_hits(dev_logits[seed], dev_right[seed])
-        worth = (areas + hits.mean(-1)) / 2
-        places, start = {}, 1
-        for method, options in of_seed.items():
-            places[method] = start + int(worth[start : start + len(options.arms.attn)].argmax())
-            start += len(options.arms.attn)
-        starts = np.cumsum([1, *(len(x.arms.attn) for x in of_seed.values())])
-        cells = {m: places[m] - int(begin) for m, begin in zip(of_seed, starts, strict=False)}
-        settings = {m: {s: v[cells[m]] for s, v in of_seed[m].settings.items()} for m in of_seed}
-        choices.append(settings)
-        chosen_at.append(places)
-        ours = settings["austeer"]
-        site, k, alpha = lab.SITES[ours["site"]], int(ours["k"]), float(ours["alpha"])
-        controls, control_arms = lab.control_arms(
-            stream(key, "random", seed), subject.model, readings[seed], site, k, alpha, config.randoms
+        worth = (dev_found[seed][0] + dev_found[seed][1].mean(-1)) / 2
+        cells = {m: int(worth[starts[m] :][: len(x.arms.attn)].argmax()) for m, x in of_seed.items()}
+        places.append({method: starts[method] + cell for method, cell in cells.items()})
+        choices.append({m: {s: v[cells[m]] for s, v in x.settings.items()} for m, x in of_seed.items()})
+        ours = choices[-1]["austeer"]
+        controls, others = lab.control_arms(
+            stream(key, "random", seed),
+            subject.model,
+            readings[seed],
+            lab.SITES[ours["site"]],
+            int(ours["k"]),
+            float(ours["alpha"]),
+            config.randoms,
         )
-        arms.append(lab.join([none, *(lab.pick(of_seed[m].arms, cells[m]) for m in of_seed), control_arms]))
-        names = ["none", *of_seed, *controls]
+        arms.append(lab.join([none, *(lab.pick(x.arms, cells[m]) for m, x in of_seed.items()), others]))
+    names = ["none", *tuned[0], *controls]
     logits = ask(subject, test, arms)
+    found = [areas_and_hits(of_seed, np.asarray(test.right[s])) for s, of_seed in enumerate(logits)]
 
-    found = [areas_and_hits(logits[s], np.asarray(test.right[s])) for s in range(seeds)]
+    def after_offset(place_dev: list[int], place_test: int) -> np.ndarray:
+        return np.stack(
+            [
+                offset_hits(dev_logits[s, at], dev.right[s], logits[s, place_test], test.right[s])
+                for s, at in enumerate(place_dev)
+            ]
+        )
+
     grid_shape = (seeds, len(lab.SITES), len(ks), len(alphas))
-    cells_of_ours = slice(1, 1 + len(lab.SITES) * len(ks) * len(alphas))
-    dev_found = [areas_and_hits(dev_logits[s], dev_right[s]) for s in range(seeds)]
+    ours_on_dev = slice(1, 1 + int(np.prod(grid_shape[1:])))
     outcome = Outcome(
         arms=names,
         margins=logits[..., 0] - logits[..., 1],
         hits=np.stack([hits for _, hits in found]),
         first=np.asarray(test.right) == 0,
-        offset=np.stack([offset_hits(dev_logits[s, 0], dev.right[s], logits[s, 0], test.right[s]) for s in range(seeds)]),
-        corrected={
-            arm: np.stack(
-                [
-                    offset_hits(dev_logits[s, chosen_at[s][arm]], dev.right[s], logits[s, i], test.right[s])
-                    for s in range(seeds)
-                ]
-            )
-            for i, arm in enumerate(names)
-            if arm in lab.TUNED
-        },
+        offset=after_offset([0] * seeds, 0),
+        corrected={m: after_offset([at[m] for at in places], names.index(m)) for m in lab.TUNED},
         choices=choices,
         ties=np.asarray(
             [
@@ -251,8 +251,8 @@ def one_task(
                 for reading, c in zip(readings, choices, strict=True)
             ]
         ),
-        dev_auroc=np.stack([areas[cells_of_ours] for areas, _ in dev_found]).reshape(grid_shape),
-        dev_hits=np.stack([hits[cells_of_ours].mean(-1) for _, hits in dev_found]).reshape(grid_shape),
+        dev_auroc=np.stack([areas[ours_on_dev] for areas, _ in dev_found]).reshape(grid_shape),
+        dev_hits=np.stack([hits[ours_on_dev].mean(-1) for _, hits in dev_found]).reshape(grid_shape),
         ranks=[ranked_layers(reading, choice) for reading, choice in zip(readings, choices, strict=True)],
     )
     say_text(subject, test, name, outcome, lab.pick(arms[0], names.index("austeer")), log)

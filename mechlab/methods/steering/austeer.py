@@ -35,8 +35,8 @@ from mechlab.analysis.metrics import jensen_shannon
 from mechlab.core import select
 from mechlab.core.edits import Scale, at
 from mechlab.core.model import Model, Variables
-from mechlab.core.quantised import QTensor, as_array
 from mechlab.methods.steering.vectors import Texts, last_states
+from mechlab.models.layers import linear
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -336,16 +336,18 @@ def au_token_logits(model: Model, params: Any, layer: int, site: str = SITE) -> 
         return centred * (norm["scale"].astype(jnp.float32) + (config.norm == "rms_plus_one"))
 
     if site == "attn":
-        attn = params["blocks"]["attn"]
-        # The stack is cut first, so that one layer is dequantised, not all.
-        kernel = as_array(jax.tree.map(lambda leaf: leaf[layer], attn["o"]["kernel"]), jnp.float32)
-        slices = kernel.reshape(int(np.prod(shape[1:])), -1)
+        attn = jax.tree.map(lambda leaf: leaf[layer], params["blocks"]["attn"])
+        # The slice of a unit is what the map makes of 1 in its place; so quantised kernels are read too.
+        ones = jnp.eye(int(np.prod(shape[1:]))).reshape(-1, *shape[1:])
+        slices = linear(ones, attn["o"]["kernel"], None, inputs=2)
         if config.norm_order == "sandwich":
-            slices = through(slices, jax.tree.map(lambda leaf: leaf[layer], attn["norm_out"]))
+            slices = through(slices, attn["norm_out"])
     else:
         slices = jnp.eye(config.width)
-    columns = params["embed"]["tokens"].T if config.tied else as_array(params["unembed"]["kernel"], jnp.float32)
-    return through(slices, params["final_norm"]) @ columns.astype(jnp.float32)
+    direct = through(slices, params["final_norm"])
+    if config.tied:
+        return direct @ params["embed"]["tokens"].T.astype(jnp.float32)
+    return linear(direct, params["unembed"]["kernel"], None)
 
 
 def au_js(logits: Float[Array, "D V"]) -> Float[Array, "D D"]:

@@ -132,8 +132,8 @@ CLAIMS = (
         id="beats_baselines",
         statement="AUSteer is more accurate than CAA, ITI and SADI.",
         source="the paper's main tables",
-        criterion="with equally many dev evaluations each: mean test accuracy over tasks above that of every one of the "
-        "three (lower ends of 95 % intervals above 0)",
+        criterion="with about as many dev evaluations each: mean test accuracy over tasks above that of every one of "
+        "the three (lower ends of 95 % intervals above 0)",
         judge=_rivals,
     ),
 )

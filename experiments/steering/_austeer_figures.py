@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -88,7 +89,9 @@ def methods(tasks: Sequence[str], metrics: Mapping[str, Metric]) -> Figure:
     panels[0, 0].set_ylabel("test AUROC")
     panels[1, 0].set_ylabel("test accuracy (%)")
     figure.supxlabel("dimensions touched (mean over seeds)", fontsize=13)
-    handles = {label: handle for axes in panels[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}  # noqa: E501
+    handles = {
+        label: handle for axes in panels[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     columns = min(len(handles), 2 + 2 * len(tasks))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
     figure.text(0.99, 0.002, "bars: 95 % over items; of random units: lowest to highest AUROC", ha="right", fontsize=10,
@@ -107,8 +110,8 @@ def grid_curves(
         colour, marker = PALETTE[index % len(PALETTE)], MARKERS[index % len(MARKERS)]
         for row, values in enumerate((found.dev_auroc, 100 * found.dev_hits)):
             curves: list[list[np.ndarray]] = [[], []]
-            for seed, choice in enumerate(found.choices):
-                site, k, alpha = (choice["austeer"][name] for name in ("site", "k", "alpha"))
+            ours = found.choices["austeer"]
+            for seed, (site, k, alpha) in enumerate(zip(ours["site"], ours["k"], ours["alpha"], strict=True)):
                 place = list(ks[task]).index(int(k)), int(np.abs(np.asarray(alphas[task]) - alpha).argmin())
                 curves[0].append(values[seed, site, :, place[1]])
                 curves[1].append(values[seed, site, place[0]])
@@ -145,7 +148,7 @@ def where(outcomes: Mapping[str, Outcome]) -> Figure:
         xlabel="place in the order of choice",
         ylabel="layer",
         colour_label="share of the units (%), mean over tasks and seeds",
-        column_labels=[f"{low + 1}" if low + 1 == high else f"{low + 1}-{high}" for low, high in zip(bins, bins[1:], strict=False)],  # noqa: E501
+        column_labels=[f"{low + 1}" if low + 1 == high else f"{low + 1}-{high}" for low, high in pairwise(bins)],
         annotate=True,
     )
 

@@ -6,6 +6,7 @@ every method, site, k and alpha is a cell of one program.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from mechlab.core.model import Model
 from mechlab.core.rng import stream
 from mechlab.core.sweeps import grid, sweep
 from mechlab.data.sources import MissingData
-from mechlab.data.splits import split_indices
 from mechlab.methods.steering import austeer, baselines
 from mechlab.methods.steering.vectors import Texts
 from mechlab.models.generate import generate
@@ -49,20 +49,20 @@ class Arm(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """C arms of one method with their settings, each (C,): site (0 attn, 1 ffn, -1 none), k, alpha, dims."""
+    """C arms of one method with their settings: site (0 attn, 1 ffn), k, layer, alpha, each (C,), and dims (S, C)."""
 
     arms: Arm
     settings: dict[str, np.ndarray]
 
 
 class Reading(NamedTuple):
-    """What the training pairs of one seed give, by site where there are two.
+    """What the training pairs of each seed give, by site where there are two; all with a leading axis S.
 
     Attributes:
-      momentum: (N, L, D).
-      scores: (L, D) beta.
-      steadiness: (L, D), for breaking ties.
-      caa: (L, D) mean difference of the residual stream.
+      momentum: (S, N, L, D).
+      scores: (S, L, D) beta.
+      steadiness: (S, L, D), for breaking ties.
+      caa: (S, L, D) mean difference of the residual stream.
       iti: heads and shifts.
     """
 
@@ -94,46 +94,45 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
     return found
 
 
-def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> list[Reading]:
+def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> Reading:
     """Scores, directions and heads of every seed, each from its own N training pairs."""
     items = stacked([task.draw(stream(key, "train", seed), n, "train") for seed in range(seeds)])
-    flat: Texts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), items.ended)
-    variables = {"params": subject.params}
+    flat = Texts(*(x.reshape(-1, *x.shape[2:]) for x in items.ended))
+    layers, heads = subject.model.module.config.layers, subject.model.module.config.heads
     states = {
-        site: austeer.unit_states(subject.model, variables, flat, site, batch=min(100, 2 * n)).reshape(
-            seeds, 2, n, subject.model.module.config.layers, -1
+        site: austeer.unit_states(subject.model, {"params": subject.params}, flat, site, batch=min(100, 2 * n)).reshape(
+            seeds, 2, n, layers, -1
         )
         for site in austeer.SITES
     }
-    heads = subject.model.module.config.heads
-    readings = []
-    for seed in range(seeds):
-        momentum = {site: austeer.au_momentum(*states[site][seed]) for site in SITES}
-        z = states["attn"][seed].reshape(2 * n, states["attn"].shape[3], heads, -1)
-        # Both answers of a pair stay on one side.
-        train, ranking = split_indices(stream(key, "heads", seed), n, (n - n // 5, n // 5))
-        sides = [np.concatenate([np.asarray(part), np.asarray(part) + n]) for part in (train, ranking)]
-        readings.append(
-            Reading(
-                momentum,
-                {site: austeer.au_scores(m) for site, m in momentum.items()},
-                {site: austeer.au_steadiness(m) for site, m in momentum.items()},
-                baselines.caa_vector(*states["layer"][seed]),
-                baselines.iti_fit(z, np.repeat([1, 0], n), *sides),
-            )
+    # Pairs are independent draws, so the last fifth can rank the heads; both answers of a pair stay on one side.
+    last = np.arange(2 * n) % n >= n - n // 5
+
+    @jax.jit
+    @jax.vmap
+    def digest(states: dict[str, jax.Array]) -> Reading:
+        momentum = {site: austeer.au_momentum(*states[site]) for site in SITES}
+        z = states["attn"].reshape(2 * n, layers, heads, -1)
+        return Reading(
+            momentum,
+            {site: austeer.au_scores(m) for site, m in momentum.items()},
+            {site: austeer.au_steadiness(m) for site, m in momentum.items()},
+            baselines.caa_vector(*states["layer"]),
+            baselines.iti_fit(z, np.repeat([1, 0], n), np.flatnonzero(~last), np.flatnonzero(last)),
         )
-    return readings
+
+    return digest(states)
 
 
-def arms_of(model: Model, n: int, **given: jax.Array) -> Arm:
-    """N arms: the given arrays with their leading axis, zeros in the other places."""
+def arms_of(model: Model, **given: jax.Array) -> Arm:
+    """An arm of the given arrays, zeros in the other places."""
     config = model.module.config
     layers, heads, width = config.layers, config.heads, config.d_head
     zeros = {
-        "attn": jnp.zeros((n, layers, heads * width)),
-        "ffn": jnp.zeros((n, layers, config.width)),
-        "shift": jnp.zeros((n, layers, heads, width)),
-        "add": jnp.zeros((n, layers, config.width)),
+        "attn": jnp.zeros((layers, heads * width)),
+        "ffn": jnp.zeros((layers, config.width)),
+        "shift": jnp.zeros((layers, heads, width)),
+        "add": jnp.zeros((layers, config.width)),
     }
     return Arm(**(zeros | given))
 
@@ -149,74 +148,93 @@ def edits_of(model: Model, arm: Arm, lengths: jax.Array) -> dict[str, Any]:
 
 
 def tuned_arms(model: Model, reading: Reading, ks: Sequence[int], alphas: Sequence[float]) -> dict[str, Choices]:
-    """Every setting of every method that is tuned on dev: about as many for each as AUSteer has.
+    """Every setting of every method that is tuned on dev, arms (S, C, ...): about as many for each as AUSteer has.
 
     Where a method has no k, its budget goes into layers and finer strengths between fixed ends.
     """
     config = model.module.config
     budget = len(SITES) * len(ks) * len(alphas)
+    kept = [k for k in (1, 2, 4, 8, 16) if k <= config.layers * config.heads]
+    layers = jnp.arange(config.layers)
 
-    def strengths(low: float, high: float, n: int) -> np.ndarray:
-        return np.geomspace(low, high, max(2, n))
+    def strengths(low: float, high: float, n: int) -> jax.Array:
+        return jnp.asarray(np.geomspace(low, high, max(2, n)), jnp.float32)
 
-    both = {name: np.asarray(x) for name, x in grid(k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32)).items()}
-    found = {}
+    cells = {
+        "austeer": grid(site=jnp.arange(2), k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32)),
+        "sadi": grid(site=jnp.arange(2), k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32)),
+        "block": grid(
+            site=jnp.arange(2),
+            layer=layers,
+            alpha=strengths(min(alphas), max(alphas), budget // (2 * config.layers)),
+        ),
+        "caa": grid(layer=layers, alpha=strengths(0.25, 8, budget // config.layers)),
+        "iti": grid(k=jnp.asarray(kept), alpha=strengths(0.5, 16, budget // len(kept))),
+    }
 
-    def by_site(masks: dict[str, jax.Array], settings: dict[str, np.ndarray]) -> Choices:
-        parts = [arms_of(model, len(masks[site]), **{site: masks[site]}) for site in SITES]
-        arms = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        sites = np.repeat(np.arange(len(SITES)), len(parts[0].attn))
-        dims = np.count_nonzero(np.concatenate([np.asarray(masks[s]).reshape(len(masks[s]), -1) for s in SITES]), 1)
-        spread = {name: np.tile(values, len(SITES)) for name, values in settings.items()}
-        return Choices(arms, {"site": sites, "dims": dims} | spread)
+    def arm(method: str, one: Reading, cell: dict[str, jax.Array]) -> Arm:
+        alpha = cell["alpha"]
+        if method == "caa":
+            return arms_of(model, add=baselines.caa_shift(one.caa, cell["layer"], alpha))
+        if method == "iti":
+            return arms_of(model, shift=baselines.iti_shift(one.iti, cell["k"], alpha))
+        masks = {
+            site: {
+                "austeer": lambda s: austeer.au_mask(one.scores[s], cell["k"], alpha),
+                "sadi": lambda s: baselines.sadi_mask(one.momentum[s], cell["k"], alpha),
+                "block": lambda s: baselines.whole_block(one.scores[s], cell["layer"], alpha),
+            }[method](site)
+            for site in SITES
+        }
+        return arms_of(model, **{site: jnp.where(cell["site"] == i, masks[site], 0) for i, site in enumerate(SITES)})
 
-    found["austeer"] = by_site(
-        {s: jax.vmap(lambda k, a, s=s: austeer.au_mask(reading.scores[s], k, a))(both["k"], both["alpha"])
-         for s in SITES}, both)  # fmt: skip
-    found["sadi"] = by_site(
-        {s: jax.vmap(lambda k, a, s=s: baselines.sadi_mask(reading.momentum[s], k, a))(both["k"], both["alpha"])
-         for s in SITES}, both)  # fmt: skip
-    cells = grid(
-        layer=jnp.arange(config.layers),
-        alpha=jnp.asarray(strengths(min(alphas), max(alphas), budget // (2 * config.layers)), jnp.float32),
-    )
-    found["block"] = by_site(
-        {s: jax.vmap(lambda layer, a, s=s: baselines.whole_block(reading.scores[s], layer, a))(cells["layer"], cells["alpha"])
-         for s in SITES}, {name: np.asarray(x) for name, x in cells.items()})  # fmt: skip
-    cells = grid(
-        layer=jnp.arange(config.layers), alpha=jnp.asarray(strengths(0.25, 8, budget // config.layers), jnp.float32)
-    )
-    add = jax.vmap(lambda layer, alpha: baselines.caa_shift(reading.caa, layer, alpha))(cells["layer"], cells["alpha"])
-    found["caa"] = Choices(
-        arms_of(model, len(add), add=add),
-        {"dims": np.full(len(add), config.width)} | {name: np.asarray(x) for name, x in cells.items()},
-    )
-    kept = [k for k in (1, 2, 4, 8, 16) if k <= reading.iti.ranks.size]
-    cells = grid(k=jnp.asarray(kept), alpha=jnp.asarray(strengths(0.5, 16, budget // len(kept)), jnp.float32))
-    shift = jax.vmap(lambda k, alpha: baselines.iti_shift(reading.iti, k, alpha))(cells["k"], cells["alpha"])
-    found["iti"] = Choices(
-        arms_of(model, len(shift), shift=shift),
-        {"dims": np.asarray(cells["k"]) * config.d_head} | {name: np.asarray(x) for name, x in cells.items()},
-    )
-    return found
+    @jax.jit
+    def make(reading: Reading) -> dict[str, Arm]:
+        def of_seed(one: Reading) -> dict[str, Arm]:
+            return {m: jax.vmap(functools.partial(arm, m, one))(settings) for m, settings in cells.items()}
+
+        return jax.vmap(of_seed)(reading)
+
+    found = make(reading)
+    return {
+        m: Choices(found[m], {"dims": touched(found[m])} | {name: np.asarray(x) for name, x in settings.items()})
+        for m, settings in cells.items()
+    }
+
+
+def touched(arms: Arm) -> np.ndarray:
+    """How many numbers of the model's activations at a token each of (S, C) arms changes."""
+    return sum((np.count_nonzero(np.asarray(x), axis=tuple(range(2, x.ndim))) for x in arms), np.zeros((), int))
 
 
 def control_arms(
-    key: jax.Array, model: Model, reading: Reading, site: str, k: int, alpha: float, randoms: int
+    key: jax.Array, model: Model, reading: Reading, ours: dict[str, np.ndarray], randoms: int
 ) -> tuple[list[str], Arm]:
-    """At one site, k and alpha: other scores, other ties, the least consistent units, and random ones."""
-    scores, momentum = reading.scores[site], reading.momentum[site]
-    mean = austeer.au_mask(austeer.au_scores(momentum, "mean"), k, 1.0)
-    # The mean momentum has the unit of an activation: it steers as strongly, on average, as the signs do.
-    size = jnp.abs(austeer.au_mask(scores, k, alpha)).sum() / jnp.abs(mean).sum()
-    steady = austeer.au_mask(scores, k, alpha, tie_break=reading.steadiness[site])
-    inverse = baselines.matched_mask(scores, baselines.inverse_ranks(scores), k, alpha)
-    orders = jax.vmap(lambda one: baselines.random_ranks(one, scores.shape))(jax.random.split(key, randoms))
-    drawn = jax.vmap(lambda ranks: baselines.matched_mask(scores, ranks, k, alpha))(orders)
-    masks = jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
-    return ["mean", "steady", "inverse", *(f"random {i}" for i in range(randoms))], arms_of(
-        model, len(masks), **{site: masks}
-    )
+    """Other scores, ties, least consistent and random units, (S, C), at AUSteer's site, k and alpha, (S,) each."""
+
+    def of_site(key: jax.Array, one: Reading, site: str, k: jax.Array, alpha: jax.Array) -> jax.Array:
+        scores, momentum = one.scores[site], one.momentum[site]
+        mean = austeer.au_mask(austeer.au_scores(momentum, "mean"), k, 1.0)
+        # The mean momentum has the unit of an activation: it steers as strongly, on average, as the signs do.
+        size = jnp.abs(austeer.au_mask(scores, k, alpha)).sum() / jnp.abs(mean).sum()
+        steady = austeer.au_mask(scores, k, alpha, tie_break=one.steadiness[site])
+        inverse = baselines.matched_mask(scores, baselines.inverse_ranks(scores), k, alpha)
+        orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(jax.random.split(key, randoms))
+        drawn = jax.vmap(lambda ranks: baselines.matched_mask(scores, ranks, k, alpha))(orders)
+        return jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
+
+    @jax.jit
+    @jax.vmap
+    def make(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
+        masks = {
+            site: jnp.where(place == i, of_site(stream(key, seed, site), one, site, k, alpha), 0)
+            for i, site in enumerate(SITES)
+        }
+        return jax.vmap(lambda both: arms_of(model, **both))(masks)
+
+    places = (jnp.asarray(ours[name]) for name in ("site", "k", "alpha"))
+    names = ["mean", "steady", "inverse", *(f"random {i}" for i in range(randoms))]
+    return names, make(jnp.arange(len(ours["k"])), reading, *places)
 
 
 def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> np.ndarray:
@@ -242,25 +260,23 @@ def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> n
     tokens = int(np.prod(items.texts.tokens.shape[1:]))
     small = max(1, 2_000_000 // (tokens * model.module.config.hidden))
     batch = small if jax.default_backend() == "cpu" else None
-    return np.asarray(sweep(cell, (arms, jnp.asarray(seeds)), subject.params, (items.texts, items.candidates), batch=batch))
+    return np.asarray(
+        sweep(cell, (arms, jnp.asarray(seeds)), subject.params, (items.texts, items.candidates), batch=batch)
+    )
 
 
-def pick(arms: Arm, index: int) -> Arm:
-    """One of several arms, with a leading axis of 1."""
-    return jax.tree.map(lambda x: x[index : index + 1], arms)
-
-
-def join(arms: Sequence[Arm]) -> Arm:
-    """Arms one after another."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *arms)
+def join(*arms: Arm) -> Arm:
+    """Arms (S, C, ...) one after another along C, on the host."""
+    return jax.tree.map(lambda *x: np.concatenate(x, 1), *arms)
 
 
 def continuations(subject: Subject, items: Items, row: int, arm: Arm, steps: int = 8) -> tuple[str, str, str]:
-    """A prompt of the first seed, and its greedy continuation without and with an arm's masks, as text."""
+    """A prompt of the first seed, and its greedy continuation without and with an arm, as text."""
     length = int(items.texts.lengths[0, row])
     prompt = items.texts.tokens[0, row : row + 1, :length]
     written = []
-    for edits in ({}, edits_of(subject.model, jax.tree.map(lambda x: x[0], arm), jnp.asarray([length]))):
+    for one in (arms_of(subject.model), arm):
+        edits = edits_of(subject.model, one, jnp.asarray([length]))
         steps = min(steps, subject.model.module.config.context - length)
         done = generate(subject.model, {"params": subject.params, "edits": edits}, prompt, steps=steps)
         written.append(subject.decode(np.asarray(done.tokens[0, length : length + steps]).tolist()).strip())

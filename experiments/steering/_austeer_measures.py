@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,8 @@ class Outcome(NamedTuple):
       margins: (S, A, N) logit of candidate 1 minus that of candidate 2.
       hits: (S, A, N) whether the right one is larger.
       first: (S, N) whether the right one is candidate 1.
-      offset: (S, N) hits of the unsteered model after a constant that was tuned on dev.
-      corrected: (S, N) hits by name of a tuned arm, after a constant of its own.
-      choices: for every seed the settings of each tuned method.
+      corrected: (S, N) hits of the unsteered and every tuned arm by name, after a constant of its own, tuned on dev.
+      choices: the settings of each tuned method, (S,) each.
       ties: (S,) units that share the score of the last chosen one.
       dev_auroc, dev_hits: (S, sites, k, alpha) of AUSteer's grid.
       ranks: (S,) chosen units as a list of (layer, place in the order) by seed.
@@ -39,9 +38,8 @@ class Outcome(NamedTuple):
     margins: np.ndarray
     hits: np.ndarray
     first: np.ndarray
-    offset: np.ndarray
     corrected: dict[str, np.ndarray]
-    choices: list[dict[str, dict[str, Any]]]
+    choices: dict[str, dict[str, np.ndarray]]
     ties: np.ndarray
     dev_auroc: np.ndarray
     dev_hits: np.ndarray
@@ -55,10 +53,7 @@ def summarise(key: jax.Array, task: str, found: Outcome) -> dict[str, Metric]:
     seeds, items = found.first.shape
     areas = np.stack([np.asarray(auroc(m, first)) for m, first in zip(found.margins, found.first, strict=True)])
     draws = np.mean(
-        [
-            resampled_auroc(stream(key, "auroc", seed), found.margins[seed], found.first[seed])
-            for seed in range(seeds)
-        ],
+        [resampled_auroc(stream(key, "auroc", seed), found.margins[seed], found.first[seed]) for seed in range(seeds)],
         axis=0,
     )
 
@@ -76,8 +71,8 @@ def summarise(key: jax.Array, task: str, found: Outcome) -> dict[str, Metric]:
         if arm != "none":
             metrics[f"gain/{task}/{arm}"] = points(stream(key, arm, "gain"), found.hits[:, i], found.hits[:, none])
             metrics[f"auroc_gain/{task}/{arm}"] = area(areas[:, i] - areas[:, none], draws[i] - draws[none])
-    metrics[f"accuracy/{task}/offset"] = percent(stream(key, "offset"), found.offset)
-    metrics[f"over_offset/{task}"] = points(stream(key, "over offset"), found.hits[:, ours], found.offset)
+    metrics[f"accuracy/{task}/offset"] = percent(stream(key, "offset"), found.corrected["none"])
+    metrics[f"over_offset/{task}"] = points(stream(key, "over offset"), found.hits[:, ours], found.corrected["none"])
     for arm, hits in found.corrected.items():
         metrics[f"corrected/{task}/{arm}"] = percent(stream(key, arm, "corrected"), hits)
     middle, drawn = np.median(areas[:, randoms], 1), np.median(draws[randoms], 0)
@@ -88,14 +83,12 @@ def summarise(key: jax.Array, task: str, found: Outcome) -> dict[str, Metric]:
     metrics[f"over_random/{task}"] = area(areas[:, ours] - middle, draws[ours] - drawn)
     for rival in RIVALS:
         i = place[rival]
-        metrics[f"versus/{task}/{rival}"] = points(
-            stream(key, rival, "versus"), found.hits[:, ours], found.hits[:, i]
-        )
+        metrics[f"versus/{task}/{rival}"] = points(stream(key, rival, "versus"), found.hits[:, ours], found.hits[:, i])
         metrics[f"auroc_versus/{task}/{rival}"] = area(areas[:, ours] - areas[:, i], draws[ours] - draws[i])
     for method in TUNED:
-        for setting in found.choices[0][method]:
-            values = [float(choice[method][setting]) for choice in found.choices]
-            metrics[f"choice/{task}/{method}/{setting}"] = per_seed(values, "0 attn, 1 ffn" if setting == "site" else "")
+        for setting, values in found.choices[method].items():
+            unit = "0 attn, 1 ffn" if setting == "site" else ""
+            metrics[f"choice/{task}/{method}/{setting}"] = per_seed(values, unit)
     metrics[f"ties/{task}"] = per_seed(found.ties, "units")
     return metrics
 
@@ -106,7 +99,9 @@ def pooled(key: jax.Array, outcomes: Mapping[str, Outcome], resamples: int = 200
     for rival in RIVALS:
         means, draws = [], []
         for task, found in outcomes.items():
-            difference = found.hits[:, found.arms.index("austeer")].astype(float) - found.hits[:, found.arms.index(rival)]
+            difference = (
+                found.hits[:, found.arms.index("austeer")].astype(float) - found.hits[:, found.arms.index(rival)]
+            )
             of_items = jnp.asarray(difference.mean(0))
             rows = jax.random.randint(stream(key, rival, task), (resamples, len(of_items)), 0, len(of_items))
             means.append(100 * float(of_items.mean()))

@@ -1,13 +1,14 @@
 """Items of every task in one shape: a prompt and two candidates in an order that means the same in all items.
 
 The order must not tell which candidate is right, and must mean something, since margins are candidate 1 minus candidate
-2 and the offset baseline adds one constant to them: happy before sad, yes before no, the person told of first before the
-second. Candidates are scored at their first token that differs. Names, things and cues of train, dev and test are
-disjoint.
+2 and the offset baseline adds one constant to them: happy before sad, yes before no, whoever is told of first
+before the second. Candidates are scored at their first token that differs. Names, things and cues of train, dev and
+test are disjoint.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,14 @@ CUES = (slice(0, 8), slice(8, 12), slice(12, 20))
 NAMES = ("Tim", "Sue", "Ben", "Mia", "Tom", "Lily", "Max", "Anna", "Sam", "Amy", "Jack", "Sara", "Bob", "Jane", "Lucy")
 THINGS = ("ball", "car", "doll", "book", "kite", "hat", "boat", "train", "bear", "cup", "drum", "box", "truck", "bag")
 THIRDS = (slice(0, 5), slice(5, 10), slice(10, 15))
-OPENINGS = ("One day,", "Once upon a time,", "It was a sunny day.", "There was a big park.", "It was late.", "That day,")
+OPENINGS = (
+    "One day,",
+    "Once upon a time,",
+    "It was a sunny day.",
+    "There was a big park.",
+    "It was late.",
+    "That day,",
+)
 FEELS = ("was very", "felt so")
 
 
@@ -153,17 +161,17 @@ def encoded(
 
 
 def stacked(items: Sequence[Items]) -> Items:
-    """Items of several seeds, padded to one width, none wider than needed: a leading axis S."""
+    """Items of several seeds on the host, padded to one width, none wider than needed: a leading axis S."""
 
     def together(texts: list[Texts]) -> Texts:
         width = max(int(one.lengths.max()) for one in texts)
-        fitted = [jnp.pad(t.tokens, ((0, 0), (0, max(0, width - t.tokens.shape[1]))))[:, :width] for t in texts]
-        return Texts(jnp.stack(fitted), jnp.stack([t.lengths for t in texts]))
+        fitted = [np.pad(t.tokens, ((0, 0), (0, max(0, width - t.tokens.shape[1]))))[:, :width] for t in texts]
+        return Texts(np.stack(fitted), np.stack([t.lengths for t in texts]))
 
     return Items(
         together([one.texts for one in items]),
-        jnp.stack([one.candidates for one in items]),
-        jnp.stack([one.right for one in items]),
+        np.stack([one.candidates for one in items]),
+        np.stack([one.right for one in items]),
         together([one.ended for one in items]),
     )
 
@@ -187,6 +195,7 @@ def planted(key: jax.Array) -> Subject:
     model = transformer(llama(**sizes, **kind))
     params = model.init(stream(key, "weights"))
     blocks = params["blocks"]
+    mlp = blocks["mlp"]
     tokens = params["embed"]["tokens"] * 50
     votes = jax.random.uniform(stream(key, "votes"), (48, 2), minval=0.2)
     tokens = tokens.at[:, :16].set(0).at[_GOOD, :4].set(1).at[_BAD, 4:8].set(1)
@@ -204,12 +213,13 @@ def planted(key: jax.Array) -> Subject:
                 "o": {"kernel": blocks["attn"]["o"]["kernel"].at[..., :16].set(0)},
             },
             "mlp": {
-                "up": {"kernel": _with_copies(blocks["mlp"]["up"]["kernel"].at[:, :16].set(0), copied, copied)},
-                "down": {"kernel": _with_copies(blocks["mlp"]["down"]["kernel"].at[..., :16].set(0), copied, copied + 8)},
+                "up": {"kernel": _with_copies(mlp["up"]["kernel"].at[:, :16].set(0), copied, copied)},
+                "down": {"kernel": _with_copies(mlp["down"]["kernel"].at[..., :16].set(0), copied, copied + 8)},
             },
         },
     }
 
+    @functools.partial(jax.jit, static_argnames=("n", "pool"))
     def draw(key: jax.Array, n: int, pool: str) -> Items:
         part = POOLS.index(pool)
         context = jax.random.randint(stream(key, "context"), (n, 4), 33 + 16 * part, 49 + 16 * part)
@@ -235,6 +245,7 @@ def _with_copies(kernel: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.
     return kernel.at[0, :8].set(0).at[0, rows, columns].set(1)
 
 
+@jax.jit
 def _with(texts: Texts, answers: jax.Array) -> Texts:
     """Prompts with one more token each."""
     wider = jnp.pad(texts.tokens, ((0, 0), (0, 1)))

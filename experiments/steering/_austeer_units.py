@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Scan(NamedTuple):
 
 
 class Words(NamedTuple):
-    """Some units: names, the tokens that they raise and lower most, and their mutual Jensen-Shannon divergences (nats)."""
+    """Units: names, tokens that each raises and lowers most, and mutual Jensen-Shannon divergences (nats)."""
 
     names: list[str]
     tokens: list[str]
@@ -41,13 +41,19 @@ class Words(NamedTuple):
 
 
 def scan(
-    key: jax.Array, subject: Subject, reading: lab.Reading, dev: Items, test: Items, alpha: float, resamples: int = 400
+    key: jax.Array,
+    subject: Subject,
+    scores: dict[str, jax.Array],
+    dev: Items,
+    test: Items,
+    alpha: float,
+    resamples: int = 400,
 ) -> Scan:
     """Steer every unit of both sites alone at one alpha, and every block.
 
     Args:
       key: of the bootstrap.
-      subject, reading: whom, and by which scores.
+      subject, scores: whom, and by which scores (L, D) at each site.
       dev, test: items of one seed, (1, N, ...).
       alpha: strength of units and blocks alike.
       resamples: bootstrap samples of the band.
@@ -55,16 +61,18 @@ def scan(
     model, layers = subject.model, subject.model.module.config.layers
 
     def alone(site: str) -> jax.Array:
-        scores = reading.scores[site]
-        return alpha * scores * jnp.eye(scores.size).reshape(-1, *scores.shape)
+        return alpha * scores[site] * jnp.eye(scores[site].size).reshape(-1, *scores[site].shape)
 
     def blocks(site: str) -> jax.Array:
-        return jax.vmap(lambda layer: baselines.whole_block(reading.scores[site], layer, alpha))(jnp.arange(layers))
+        return jax.vmap(lambda layer: baselines.whole_block(scores[site], layer, alpha))(jnp.arange(layers))
 
     def aurocs(items: Items, masks: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
-        parts = [lab.arms_of(model, 1), *(lab.arms_of(model, len(m), **{site: m}) for site, m in masks.items())]
-        arms = lab.join(parts)
-        logits = lab.scores_of(subject, items, arms, np.zeros(len(arms.attn), int))
+        # No steering first, then the masks of each site, zeros at the other.
+        sizes = np.cumsum([0, 1, *(len(of_site) for of_site in masks.values())])
+        arms = jax.tree.map(lambda x: np.zeros((sizes[-1], *x.shape), np.float32), lab.arms_of(model))
+        for i, (site, of_site) in enumerate(masks.items(), 1):
+            getattr(arms, site)[sizes[i] : sizes[i + 1]] = of_site
+        logits = lab.scores_of(subject, items, arms, np.zeros(sizes[-1], int))
         margins, first = logits[..., 0] - logits[..., 1], np.asarray(items.right[0]) == 0
         return margins, np.asarray(auroc(margins, first))
 
@@ -74,8 +82,8 @@ def scan(
     gain, noise = found - found[0], (draws - draws[0]) - (found - found[0])[:, None]
     units, of_blocks, noises, start = {}, {}, [], 1
     for site in lab.SITES:
-        n = reading.scores[site].size
-        units[site] = gain[start : start + n].reshape(reading.scores[site].shape)
+        n = scores[site].size
+        units[site] = gain[start : start + n].reshape(scores[site].shape)
         of_blocks[site] = gain[start + n : start + n + layers]
         noises.append(noise[start : start + n])
         start += n + layers
@@ -127,14 +135,12 @@ def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 3) 
     return Words(names, spelled, np.asarray(austeer.au_js(rows)))
 
 
-def planted_metrics(readings: list[lab.Reading]) -> dict[str, Metric]:
+def planted_metrics(reading: lab.Reading) -> dict[str, Metric]:
     """In every seed: how many of the planted units are among the eight chosen ones, and with the right sign."""
+    wanted = {(0, dim): 1 for dim in PLANTED_RIGHT} | {(0, dim): -1 for dim in PLANTED_WRONG}
     found: dict[str, list[float]] = {"found": [], "signs": []}
-    for reading in readings:
-        chosen: dict[tuple[int, int], Any] = {}
-        for layer, dim, beta in zip(*austeer.select_aus(reading.scores["ffn"], 8), strict=True):
-            chosen[int(layer), int(dim)] = beta
-        wanted = {(0, dim): 1 for dim in PLANTED_RIGHT} | {(0, dim): -1 for dim in PLANTED_WRONG}
+    for scores in reading.scores["ffn"]:
+        chosen = {(int(layer), int(dim)): beta for layer, dim, beta in zip(*austeer.select_aus(scores, 8), strict=True)}
         found["found"].append(sum(unit in chosen for unit in wanted))
         found["signs"].append(sum(chosen.get(unit, 0) * sign > 0 for unit, sign in wanted.items()))
     return {

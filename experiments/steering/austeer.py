@@ -5,10 +5,10 @@
 
 Items have two candidate answers. Units are scored on pairs of texts that end in the right and in the wrong one; site, k
 and alpha are chosen on dev items; names, things and cues of train, dev and test are disjoint. CAA, ITI, SADI and whole
-blocks get as many dev evaluations; no steering, a constant added to one answer's logit, as strong random units, the
-least consistent units and two other scores are controls. Every disturbance of a model moves its bias for one answer, and
-so its plain accuracy, up or down: AUROC, which knows no bias, is reported beside it, and settings are chosen by the mean
-of both. One task is also scanned unit by unit.
+blocks get about as many dev evaluations; no steering, a constant added to one answer's logit, as strong random units,
+the least consistent units and two other scores are controls. Every disturbance of a model moves its bias for one
+answer, and so its plain accuracy, up or down: AUROC, which knows no bias, is reported beside it, and settings are
+chosen by the mean of both. One task is also scanned unit by unit.
 
 The paper's numbers are of models with billions of parameters; ours are on docs/papers/austeer.md.
 """
@@ -16,7 +16,6 @@ The paper's numbers are of models with billions of parameters; ours are on docs/
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +44,8 @@ class Config:
     """One run.
 
     Attributes:
-      tasks: "planted" in a random model, always with 32 pairs and a small grid; recall, mood, agree, ioi in tales-L, at its usual difficulty; stories_mood,
-        stories_recall in stories260K.
+      tasks: "planted" in a random model, always with 32 pairs and a small grid; recall, mood, agree, ioi in tales-L, at
+        its usual difficulty; stories_mood, stories_recall in stories260K.
       seeds: draws of training, dev and test items.
       tales_seeds: the same for tales-L, whose forwards cost most.
       pairs: N, from which units are scored.
@@ -156,17 +155,18 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     for where, subject in lab.make_subjects(key, config, log).items():
         for name in subject.tasks:
             log.say(f"{where}: {name}")
-            readings, dev, test, outcomes[name] = one_task(stream(key, name), subject, name, config, log)
+            reading, dev, test, outcomes[name] = one_task(stream(key, name), subject, name, config, log)
             metrics |= summarise(stream(key, name, "bootstrap"), name, outcomes[name])
             if name == "planted":
-                metrics |= units.planted_metrics(readings)
+                metrics |= units.planted_metrics(reading)
             if name == config.scan_task:
-                first = jax.tree.map(lambda x: x[:1], (dev, test))
-                scanned = units.scan(stream(key, "scan"), subject, readings[0], *first, config.scan_alpha)
+                one, *first = jax.tree.map(lambda x: x[:1], (reading, dev, test))
+                scores = {site: beta[0] for site, beta in one.scores.items()}
+                scanned = units.scan(stream(key, "scan"), subject, scores, *first, config.scan_alpha)
                 metrics |= units.scan_metrics(scanned, dev.right.shape[1])
             if spelled is None or name in lab.TALES[:1]:
-                site = lab.SITES[int(outcomes[name].choices[0]["austeer"]["site"])]
-                spelled = units.words(subject, readings[0].scores[site], site, config.words)
+                site = lab.SITES[int(outcomes[name].choices["austeer"]["site"][0])]
+                spelled = units.words(subject, reading.scores[site][0], site, config.words)
     if len(outcomes) > ("planted" in outcomes):
         metrics |= pooled(stream(key, "pooled"), {task: x for task, x in outcomes.items() if task != "planted"})
     assert spelled is not None
@@ -188,82 +188,77 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
 
 def one_task(
     key: jax.Array, subject: Subject, name: str, config: Config, log: Log
-) -> tuple[list[lab.Reading], Items, Items, Outcome]:
+) -> tuple[lab.Reading, Items, Items, Outcome]:
     """Score units, choose on dev, test: all seeds of a task at once."""
     task, (ks, alphas) = subject.tasks[name], config.grid(name)
     seeds, pairs, n_dev, n_test = config.sizes(name)
-    readings = lab.read(key, subject, task, seeds, pairs)
+    reading = lab.read(key, subject, task, seeds, pairs)
     dev, test = (
         stacked([task.draw(stream(key, pool, seed), n, pool) for seed in range(seeds)])
         for pool, n in (("dev", n_dev), ("test", n_test))
     )
-    tuned = [lab.tuned_arms(subject.model, reading, ks, alphas) for reading in readings]
-    none = lab.arms_of(subject.model, 1)
-    dev_logits = ask(subject, dev, [lab.join([none, *(x.arms for x in of_seed.values())]) for of_seed in tuned])
-    dev_right = np.asarray(dev.right)
-    dev_found = [areas_and_hits(logits, right) for logits, right in zip(dev_logits, dev_right, strict=True)]
+    tuned = lab.tuned_arms(subject.model, reading, ks, alphas)
+    none = jax.tree.map(lambda x: np.zeros((seeds, 1, *x.shape)), lab.arms_of(subject.model))
+    dev_logits = ask(subject, dev, lab.join(none, *(options.arms for options in tuned.values())))
+    dev_found = [areas_and_hits(*one) for one in zip(dev_logits, dev.right, strict=True)]
+    worth = np.stack([(areas + hits.mean(-1)) / 2 for areas, hits in dev_found])
 
     # Arm 0 is no steering; the options of each method follow.
-    starts = dict(zip(tuned[0], np.cumsum([1, *(len(x.arms.attn) for x in tuned[0].values())]).tolist(), strict=False))
-    choices, arms = [], []
-    places: list[dict[str, int]] = []
-    for seed, of_seed in enumerate(tuned):
-        worth = (dev_found[seed][0] + dev_found[seed][1].mean(-1)) / 2
-        cells = {m: int(worth[starts[m] :][: len(x.arms.attn)].argmax()) for m, x in of_seed.items()}
-        places.append({method: starts[method] + cell for method, cell in cells.items()})
-        choices.append({m: {s: v[cells[m]] for s, v in x.settings.items()} for m, x in of_seed.items()})
-        ours = choices[-1]["austeer"]
-        controls, others = lab.control_arms(
-            stream(key, "random", seed),
-            subject.model,
-            readings[seed],
-            lab.SITES[ours["site"]],
-            int(ours["k"]),
-            float(ours["alpha"]),
-            config.randoms,
-        )
-        arms.append(lab.join([none, *(lab.pick(x.arms, cells[m]) for m, x in of_seed.items()), others]))
-    names = ["none", *tuned[0], *controls]
+    starts = np.cumsum([1, *(len(options.settings["alpha"]) for options in tuned.values())])
+    cells, places = {}, {"none": np.zeros(seeds, int)}
+    for method, start, stop in zip(tuned, starts, starts[1:], strict=False):
+        cells[method] = worth[:, start:stop].argmax(1)
+        places[method] = start + cells[method]
+    rows = np.arange(seeds)
+    choices = {
+        method: {
+            name: values[rows, cells[method]] if name == "dims" else values[cells[method]]
+            for name, values in options.settings.items()
+        }
+        for method, options in tuned.items()
+    }
+    controls, others = lab.control_arms(
+        stream(key, "random"), subject.model, reading, choices["austeer"], config.randoms
+    )
+    chosen = [
+        jax.tree.map(lambda x, m=m: np.asarray(x)[rows, cells[m]][:, None], options.arms)
+        for m, options in tuned.items()
+    ]
+    arms = lab.join(none, *chosen, others)
+    names = ["none", *tuned, *controls]
     logits = ask(subject, test, arms)
-    found = [areas_and_hits(of_seed, np.asarray(test.right[s])) for s, of_seed in enumerate(logits)]
-
-    def after_offset(place_dev: list[int], place_test: int) -> np.ndarray:
-        return np.stack(
-            [
-                offset_hits(dev_logits[s, at], dev.right[s], logits[s, place_test], test.right[s])
-                for s, at in enumerate(place_dev)
-            ]
-        )
-
+    found = [areas_and_hits(*one) for one in zip(logits, test.right, strict=True)]
+    after_offset = {
+        arm: np.stack([offset_hits(dev_logits[s, at[s]], dev.right[s], logits[s, i], test.right[s]) for s in rows])
+        for i, (arm, at) in enumerate(places.items())
+    }
     grid_shape = (seeds, len(lab.SITES), len(ks), len(alphas))
-    ours_on_dev = slice(1, 1 + int(np.prod(grid_shape[1:])))
+    ours_on_dev = slice(1, starts[1])
+    scores = [reading.scores[lab.SITES[site]][s] for s, site in enumerate(choices["austeer"]["site"])]
     outcome = Outcome(
         arms=names,
         margins=logits[..., 0] - logits[..., 1],
         hits=np.stack([hits for _, hits in found]),
         first=np.asarray(test.right) == 0,
-        offset=after_offset([0] * seeds, 0),
-        corrected={m: after_offset([at[m] for at in places], names.index(m)) for m in lab.TUNED},
+        corrected=after_offset,
         choices=choices,
         ties=np.asarray(
-            [
-                austeer.tie_count(reading.scores[lab.SITES[c["austeer"]["site"]]], int(c["austeer"]["k"]))
-                for reading, c in zip(readings, choices, strict=True)
-            ]
+            [austeer.tie_count(beta, int(k)) for beta, k in zip(scores, choices["austeer"]["k"], strict=True)]
         ),
         dev_auroc=np.stack([areas[ours_on_dev] for areas, _ in dev_found]).reshape(grid_shape),
         dev_hits=np.stack([hits[ours_on_dev].mean(-1) for _, hits in dev_found]).reshape(grid_shape),
-        ranks=[ranked_layers(reading, choice) for reading, choice in zip(readings, choices, strict=True)],
+        ranks=[ranked_layers(beta) for beta in scores],
     )
-    say_text(subject, test, name, outcome, lab.pick(arms[0], names.index("austeer")), log)
-    return readings, dev, test, outcome
+    say_text(subject, test, name, outcome, jax.tree.map(lambda x: x[0, names.index("austeer")], arms), log)
+    return reading, dev, test, outcome
 
 
-def ask(subject: Subject, items: Items, arms: list[lab.Arm]) -> np.ndarray:
-    """Logits (S, A, N, 2) of each seed's arms on its own items."""
-    n = len(arms[0].attn)
-    logits = lab.scores_of(subject, items, lab.join(arms), np.repeat(np.arange(len(arms)), n))
-    return logits.reshape(len(arms), n, *logits.shape[1:])
+def ask(subject: Subject, items: Items, arms: lab.Arm) -> np.ndarray:
+    """Logits (S, A, N, 2) of each seed's arms (S, A, ...) on its own items."""
+    seeds, n = arms.attn.shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arms)
+    logits = lab.scores_of(subject, items, flat, np.repeat(np.arange(seeds), n))
+    return logits.reshape(seeds, n, *logits.shape[1:])
 
 
 def areas_and_hits(logits: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -272,15 +267,14 @@ def areas_and_hits(logits: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, n
     return np.asarray(areas), np.asarray(list_correct(jnp.asarray(logits), right))
 
 
-def offset_hits(dev: np.ndarray, dev_right: Any, test: np.ndarray, test_right: Any) -> np.ndarray:
+@jax.jit
+def offset_hits(dev: jax.Array, dev_right: jax.Array, test: jax.Array, test_right: jax.Array) -> jax.Array:
     """Hits on test items (N, 2) after the constants that are best on dev items."""
-    offsets = tune_offsets(jnp.asarray(dev), dev_right)
-    return np.asarray(list_correct(jnp.asarray(test), test_right, offsets))
+    return list_correct(test, test_right, tune_offsets(dev, dev_right))
 
 
-def ranked_layers(reading: lab.Reading, choice: dict[str, dict[str, Any]]) -> np.ndarray:
-    """(100, 2) at most: layer and place of the first units at the chosen site."""
-    scores = reading.scores[lab.SITES[choice["austeer"]["site"]]]
+def ranked_layers(scores: jax.Array) -> np.ndarray:
+    """(100, 2) at most: layer and place of the first units."""
     layers, _, _ = austeer.select_aus(scores, min(100, scores.size))
     return np.stack([layers, np.arange(len(layers))], 1)
 
@@ -292,7 +286,7 @@ def say_text(subject: Subject, test: Items, name: str, found: Outcome, arm: lab.
     row = int([*mended, *changed, 0][0])
     prompt, before, after = lab.continuations(subject, test, row, arm)
     sides = [subject.decode([int(token)]).strip() for token in test.candidates[0, row]]
-    setting = {key: float(value) for key, value in found.choices[0]["austeer"].items()}
+    setting = {key: float(value[0]) for key, value in found.choices["austeer"].items()}
     log.say(
         f"  AUSteer of seed 0: {setting}\n  prompt: {prompt}\n  right: {sides[int(test.right[0, row])]}, of {sides}\n"
         f"  not steered: {before}\n  steered: {after}"

@@ -174,9 +174,7 @@ def test_resampled_aurocs_are_those_of_drawn_items() -> None:
     scores = rng.integers(0, 6, (2, 30)).astype(np.float32)
     draws = resampled_auroc(jax.random.key(0), scores, labels, resamples=3)
     assert draws.shape == (2, 3)
-    counts = [
-        intervals._draw_counts(jax.random.fold_in(jax.random.key(0), i), n, 3) for i, n in enumerate((10, 20))
-    ]
+    counts = [intervals._draw_counts(jax.random.fold_in(jax.random.key(0), i), n, 3) for i, n in enumerate((10, 20))]
     for r in range(3):
         rows = np.concatenate(
             [np.repeat(np.flatnonzero(labels == side), np.asarray(counts[i][r], int)) for i, side in enumerate((1, 0))]

@@ -1,8 +1,8 @@
 """Fine-grained activation steering (AUSteer, ICLR 2026, arXiv 2602.04428): scale a few single dimensions.
 
-A linear map is a sum over its *atomic units* (AUs), y = W x = sum_i x_i W[:, i]: unit i is the scalar x_i with the slice
-that it drives, and scaling the scalar is scaling the slice. Units of one block pull in different directions, so single
-ones are steered, not the block. From N pairs of texts that end in the right and in the wrong answer, read at the last
+A linear map is a sum over its *atomic units* (AUs), y = W x = sum_i x_i W[:, i]: unit i is the scalar x_i with the
+slice that it drives, and scaling the scalar is scaling the slice. Units of one block pull in different directions, so
+single ones are steered, not the block. From N pairs of texts that end in the right and in the wrong answer, read at the last
 token, with A+ and A- their activations in layer l at unit i:
 
     momentum        m_n = A+_n - A-_n
@@ -11,8 +11,8 @@ token, with A+ and A- their activations in layer l at unit i:
     intervention    y_i <- (1 + alpha beta_i) y_i     on chosen units, at every token of prompt and answer
 
 Sites: "attn", the input of the attention output projection, heads side by side; "ffn", what the MLP adds to the
-residual stream; "layer", the residual stream after the block. At "ffn" a unit is an *output* of the down-projection, not
-a neuron. Shifts grow with the activation at hand; that is all the adaptivity there is, and factors like -11
+residual stream; "layer", the residual stream after the block. At "ffn" a unit is an *output* of the down-projection, no
+neuron. Shifts grow with the activation at hand; that is all the adaptivity there is, and factors like -11
 (alpha 15, beta -0.8) are meant.
 
 The first half of the paper, how units differ, is here as ``au_token_logits`` and ``au_js``: to first order, with the
@@ -119,15 +119,13 @@ def au_scores(momentum: Float[ArrayLike, "N L D"], kind: str = "sign") -> Float[
 
 
 def au_steadiness(momentum: Float[ArrayLike, "N L D"]) -> Float[Array, "L D"]:
-    """mean |m| / standard deviation of m, 0 for units that never move: our option for breaking ties, see ``au_ranks``."""
+    """mean |m| / standard deviation of m, 0 where nothing moves: our option for breaking ties, see ``au_ranks``."""
     m = jnp.asarray(momentum)
     spread = m.std(0)
     return jnp.where(spread > 0, jnp.abs(m).mean(0) / jnp.where(spread > 0, spread, 1), 0)
 
 
-def au_ranks(
-    scores: Float[ArrayLike, "L D"], *, tie_break: Float[ArrayLike, "L D"] | None = None
-) -> Int[Array, "L D"]:
+def au_ranks(scores: Float[ArrayLike, "L D"], *, tie_break: Float[ArrayLike, "L D"] | None = None) -> Int[Array, "L D"]:
     """The place of every unit in the order of choice, 0 for the first: |beta| falling, all layers together.
 
     With few pairs many units reach |beta| = 1, and the official order of ties then prefers early layers.

@@ -1,7 +1,7 @@
 """What steering methods are compared with: CAA, ITI and SADI, whole blocks, and units chosen in other orders.
 
-CAA, contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681): the mean difference of paired activations of
-the residual stream, added in one layer, h <- h + alpha mean(A+ - A-).
+CAA, contrastive activation addition (Rimsky et al. 2023, arXiv 2312.06681): the mean difference of paired activations
+of the residual stream, added in one layer, h <- h + alpha mean(A+ - A-).
 
 ITI, inference-time intervention (Li et al. 2023, arXiv 2306.03341): the heads whose output tells true from false best
 are shifted, before the output projection,
@@ -110,9 +110,9 @@ def iti_fit(
         raise ValueError(f"iti_fit: wanted acts (N, L, H, K), labels (N,), got {np.shape(acts)}, {np.shape(labels)}.")
     by_head = jnp.moveaxis(jnp.asarray(acts, jnp.float32), 0, 2)
     accuracy = held_out_accuracy(by_head, labels, train, validation)
-    tuning = jnp.concatenate([jnp.asarray(train), jnp.asarray(validation)])
+    tuning = np.concatenate([np.asarray(train), np.asarray(validation)])
     seen = by_head[:, :, tuning]
-    theta = mean_difference(seen, np.asarray(labels)[np.asarray(tuning)]).unit
+    theta = mean_difference(seen, np.asarray(labels)[tuning]).unit
     sigma = jnp.einsum("lhnk,lhk->lhn", seen, theta).std(-1)
     return ITI(sigma[..., None] * theta, accuracy, au_ranks(accuracy))
 
@@ -209,9 +209,7 @@ def whole_block(scores: Float[ArrayLike, "L D"], layer: Any, alpha: Any) -> Floa
     return jnp.where(inside[:, None], alpha * jnp.asarray(scores), 0.0)
 
 
-def matched_mask(
-    scores: Float[ArrayLike, "L D"], ranks: Int[Array, "L D"], k: Any, alpha: Any
-) -> Float[Array, "L D"]:
+def matched_mask(scores: Float[ArrayLike, "L D"], ranks: Int[Array, "L D"], k: Any, alpha: Any) -> Float[Array, "L D"]:
     """The k first units of another order, as strong as AUSteer's: the unit of rank r gets the r-th largest |beta|.
 
     Each keeps the sign of its own score. With ``au_ranks(scores)`` this is ``au_mask``, where no score is 0.

@@ -25,6 +25,11 @@ def subject():
     return tasks.planted(jax.random.key(3))
 
 
+@pytest.fixture(scope="module")
+def reading(subject):
+    return lab.read(jax.random.key(0), subject, subject.tasks["planted"], 2, 20)
+
+
 def test_all_planted_units_are_found_with_their_signs_and_help(result):
     metrics = result.metrics
     assert metrics["planted/found"].per_seed == metrics["planted/signs"].per_seed == (8, 8)
@@ -40,40 +45,51 @@ def test_metrics_are_what_they_say(result):
         difference = metrics[f"accuracy/planted/{arm}"].value - metrics["accuracy/planted/none"].value
         np.testing.assert_allclose(metrics[f"gain/planted/{arm}"].value, difference, atol=1e-3)
         low, high = metrics[f"auroc/planted/{arm}"].ci95
-        assert low <= metrics[f"auroc/planted/{arm}"].value + 1e-6 and high >= metrics[f"auroc/planted/{arm}"].value - 1e-6
+        assert (
+            low <= metrics[f"auroc/planted/{arm}"].value + 1e-6 and high >= metrics[f"auroc/planted/{arm}"].value - 1e-6
+        )
     assert metrics["choice/planted/austeer/dims"].value <= metrics["choice/planted/austeer/k"].value
     assert {"methods", "grid", "where", "units_attn", "units_ffn", "divergence"} == set(result.figures)
     assert metrics["scan/ffn/helpful"].n == 64
 
 
-def test_arms_of_zeros_are_the_model_to_the_bit_and_each_array_acts(subject):
+def test_arms_of_zeros_are_the_model_and_each_array_acts(subject):
     items = subject.tasks["planted"].draw(jax.random.key(0), 12, "dev")
-    none = lab.arms_of(subject.model, 1)
-    some = [lab.arms_of(subject.model, 1, **{name: 1 + getattr(none, name)}) for name in lab.Arm._fields]
-    logits = lab.scores_of(subject, tasks.stacked([items]), lab.join([none, *some]), np.zeros(5, int))
+    none = lab.arms_of(subject.model)
+    some = [lab.arms_of(subject.model, **{name: 1 + getattr(none, name)}) for name in lab.Arm._fields]
+    arms = jax.tree.map(lambda *x: jnp.stack(x), none, *some)
+    logits = lab.scores_of(subject, tasks.stacked([items]), arms, np.zeros(5, int))
     plain = austeer.steered_logits(subject.model, subject.params, {}, items.texts, items.candidates)
     np.testing.assert_allclose(logits[0], plain, rtol=1e-5, atol=1e-6)
     assert (np.abs(logits[1:] - logits[:1]).max((1, 2)) > 1e-4).all()
 
 
-def test_methods_get_about_as_many_dev_evaluations_as_austeer(subject):
-    reading = lab.read(jax.random.key(0), subject, subject.tasks["planted"], 1, 20)[0]
+def test_methods_get_about_as_many_dev_evaluations_as_austeer(subject, reading):
     found = lab.tuned_arms(subject.model, reading, (1, 4, 16), (1.0, 5.0, 20.0))
-    sizes = {name: len(x.arms.attn) for name, x in found.items()}
+    sizes = {name: x.arms.attn.shape[1] for name, x in found.items()}
     assert sizes["austeer"] == sizes["sadi"] == 18 and all(12 <= size <= 18 for size in sizes.values())
     for name, x in found.items():
-        assert set(map(len, x.settings.values())) == {sizes[name]}
-    np.testing.assert_array_equal(found["block"].settings["dims"] > 4, True)
-    assert set(found["austeer"].settings["site"].tolist()) == {0, 1}
+        assert {np.shape(values)[-1] for values in x.settings.values()} == {sizes[name]}
+    ours = found["austeer"]
+    np.testing.assert_array_equal(ours.settings["dims"], np.broadcast_to(ours.settings["k"], (2, 18)))
+    for i in range(18):
+        site, k, alpha = (ours.settings[name][i] for name in ("site", "k", "alpha"))
+        wanted = austeer.au_mask(reading.scores[lab.SITES[site]][1], int(k), float(alpha))
+        np.testing.assert_allclose(ours.arms[site][1, i], wanted, rtol=1e-6)
+        assert not ours.arms[1 - site][1, i].any()
 
 
-def test_controls_steer_as_strongly_as_austeer(subject):
-    reading = lab.read(jax.random.key(0), subject, subject.tasks["planted"], 1, 20)[0]
-    names, arms = lab.control_arms(jax.random.key(1), subject.model, reading, "ffn", 6, 3.0, 2)
+def test_controls_steer_as_strongly_as_austeer(subject, reading):
+    ours = {"site": np.asarray([1, 0]), "k": np.asarray([6, 3]), "alpha": np.asarray([3.0, 2.0])}
+    names, arms = lab.control_arms(jax.random.key(1), subject.model, reading, ours, 2)
     assert names == ["mean", "steady", "inverse", "random 0", "random 1"]
-    ours = float(jnp.abs(austeer.au_mask(reading.scores["ffn"], 6, 3.0)).sum())
-    np.testing.assert_allclose(jnp.abs(arms.ffn).sum((1, 2)), ours, rtol=1e-5)
-    assert not arms.attn.any() and not arms.add.any()
+    for seed, (masks, other, site, k, alpha) in enumerate(
+        ((arms.ffn[0], arms.attn[0], "ffn", 6, 3.0), (arms.attn[1], arms.ffn[1], "attn", 3, 2.0))
+    ):
+        strength = float(jnp.abs(austeer.au_mask(reading.scores[site][seed], k, alpha)).sum())
+        np.testing.assert_allclose(jnp.abs(masks).sum((1, 2)), strength, rtol=1e-5)
+        assert not other.any()
+        assert (np.abs(masks[3] - masks[4]) > 0).any()
 
 
 @pytest.mark.parametrize("kind", ["recall", "agree"])
@@ -93,7 +109,9 @@ def test_orders_of_candidates_mean_something_and_do_not_tell(kind):
 
 
 def test_candidates_are_compared_where_they_first_differ():
-    items = tasks.encoded(lambda text: [ord(x) for x in text], ["a", "bc"], [("xyz", "xq"), ("m", "n")], np.asarray([1, 0]))
+    items = tasks.encoded(
+        lambda text: [ord(x) for x in text], ["a", "bc"], [("xyz", "xq"), ("m", "n")], np.asarray([1, 0])
+    )
     assert items.texts.lengths.tolist() == [3, 3]  # "a x", "bc "
     assert items.candidates.tolist() == [[ord("y"), ord("q")], [ord("m"), ord("n")]]
     assert bytes(items.ended.tokens[0, :4].tolist()).decode() == "a xq"
@@ -106,21 +124,35 @@ def test_stories_are_balanced_and_split_by_cue():
     for kind in ("mood", "recall"):
         drawn = {pool: tasks.story_task(kind, spelling).draw(jax.random.key(1), 60, pool) for pool in tasks.POOLS}
         texts = {
-            pool: [bytes(row[:n].tolist()).decode() for row, n in zip(np.asarray(x.texts.tokens), x.texts.lengths, strict=True)]
+            pool: [
+                bytes(row[:n].tolist()).decode()
+                for row, n in zip(np.asarray(x.texts.tokens), x.texts.lengths, strict=True)
+            ]
             for pool, x in drawn.items()
         }
         assert np.asarray(drawn["test"].right).tolist() == [0, 1] * 30
         names = {pool: {name for name in tasks.NAMES if any(name in text for text in texts[pool])} for pool in texts}
         assert not names["train"] & names["test"] and not names["dev"] & names["test"]
         if kind == "mood":
-            cues = {pool: {cue for cue in tasks.HAPPY + tasks.SAD if any(cue + "." in t for t in texts[pool])} for pool in texts}
+            cues = {
+                pool: {cue for cue in tasks.HAPPY + tasks.SAD if any(cue + "." in t for t in texts[pool])}
+                for pool in texts
+            }
             assert not cues["train"] & cues["test"] and not cues["dev"] & cues["test"]
             assert all(("happy" in t) is False for t in texts["test"])
 
 
 def test_claims_fail_and_hold_by_their_numbers():
     def measured(**numbers):
-        n = {"over_random": 0.1, "lower": 0.02, "gain": -0.5, "lead": 0.05, "harmful": 3, "versus": 0.5, "found": 8} | numbers
+        n = {
+            "over_random": 0.1,
+            "lower": 0.02,
+            "gain": -0.5,
+            "lead": 0.05,
+            "harmful": 3,
+            "versus": 0.5,
+            "found": 8,
+        } | numbers
         metrics = {
             "planted/found": Metric(value=n["found"], n=3),
             "planted/signs": Metric(value=8, n=3),

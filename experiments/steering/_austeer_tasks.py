@@ -193,31 +193,28 @@ def planted(key: jax.Array) -> Subject:
     sizes = {"vocabulary": 81, "layers": 2, "width": 32, "heads": 4, "hidden": 64, "context": 8}
     kind: dict[str, Any] = {"gated": False, "activation": "relu", "tied": False, "init_std": None}
     model = transformer(llama(**sizes, **kind))
-    params = model.init(stream(key, "weights"))
-    blocks = params["blocks"]
-    mlp = blocks["mlp"]
-    tokens = params["embed"]["tokens"] * 50
-    votes = jax.random.uniform(stream(key, "votes"), (48, 2), minval=0.2)
-    tokens = tokens.at[:, :16].set(0).at[_GOOD, :4].set(1).at[_BAD, 4:8].set(1)
-    tokens = tokens.at[_CONTEXT, :8].set(jnp.repeat(votes, 4, axis=1))
-    copied = jnp.arange(8)
-    unembed = params["unembed"]["kernel"] * 0.1
-    changed = {
-        "embed": params["embed"] | {"tokens": tokens},
-        "unembed": {"kernel": unembed.at[:16].set(0).at[8:12, _GOOD].set(1).at[12:16, _BAD].set(1)},
-        "blocks": blocks
-        | {
-            "attn": blocks["attn"]
-            | {
-                "v": {"kernel": blocks["attn"]["v"]["kernel"].at[:, :16].set(0)},
-                "o": {"kernel": blocks["attn"]["o"]["kernel"].at[..., :16].set(0)},
-            },
-            "mlp": {
-                "up": {"kernel": _with_copies(mlp["up"]["kernel"].at[:, :16].set(0), copied, copied)},
-                "down": {"kernel": _with_copies(mlp["down"]["kernel"].at[..., :16].set(0), copied, copied + 8)},
-            },
-        },
-    }
+    # On the host: a few dozen small operations, each of which would be compiled.
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    shapes = jax.eval_shape(model.init, key)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+    for norm in (params["final_norm"], params["blocks"]["norm_attn"], params["blocks"]["norm_mlp"]):
+        norm["scale"][:] = 1
+    tokens, attn, mlp = params["embed"]["tokens"], params["blocks"]["attn"], params["blocks"]["mlp"]
+    tokens *= 5
+    tokens[:, :16] = 0
+    tokens[_GOOD, :4] = tokens[_BAD, 4:8] = 1
+    tokens[_CONTEXT, :8] = rng.uniform(0.2, 1, (48, 2)).repeat(4, 1)
+    for reader in (attn["v"]["kernel"], mlp["up"]["kernel"]):
+        reader[:, :16] = 0
+    for writer in (attn["o"]["kernel"], mlp["down"]["kernel"]):
+        writer[..., :16] = 0
+    copied = np.arange(8)
+    mlp["up"]["kernel"][0, :, copied] = mlp["down"]["kernel"][0, copied] = 0
+    mlp["up"]["kernel"][0, copied, copied] = mlp["down"]["kernel"][0, copied, copied + 8] = 1
+    unembed = params["unembed"]["kernel"]
+    unembed *= 0.01
+    unembed[:16] = 0
+    unembed[8:12, _GOOD] = unembed[12:16, _BAD] = 1
 
     @functools.partial(jax.jit, static_argnames=("n", "pool"))
     def draw(key: jax.Array, n: int, pool: str) -> Items:
@@ -235,14 +232,7 @@ def planted(key: jax.Array) -> Subject:
         return " ".join("good" if i < 17 else "bad" if i < 33 else f"c{i - 33}" for i in ids)
 
     task = Task(draw, ("good or bad, at random", "the other"))
-    return Subject(model, params | changed, decode, {"planted": task})
-
-
-def _with_copies(kernel: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """An MLP kernel whose layer 0 has ones in the hidden units 0..7 and nothing else there."""
-    if kernel.shape[1] == 32:  # (L, D, F): hidden units are columns
-        return kernel.at[0, :, :8].set(0).at[0, rows, rows].set(1)
-    return kernel.at[0, :8].set(0).at[0, rows, columns].set(1)
+    return Subject(model, jax.tree.map(jnp.asarray, params), decode, {"planted": task})
 
 
 @jax.jit

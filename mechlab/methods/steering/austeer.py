@@ -2,8 +2,8 @@
 
 A linear map is a sum over its *atomic units* (AUs), y = W x = sum_i x_i W[:, i]: unit i is the scalar x_i with the
 slice that it drives, and scaling the scalar is scaling the slice. Units of one block pull in different directions, so
-single ones are steered, not the block. From N pairs of texts that end in the right and in the wrong answer, read at the last
-token, with A+ and A- their activations in layer l at unit i:
+single ones are steered, not the block. From N pairs of texts that end in the right and in the wrong answer, read at the
+last token, with A+ and A- their activations in layer l at unit i:
 
     momentum        m_n = A+_n - A-_n
     score           |beta| = max(c+, c-) / N,   c+ = #{n: m_n > 0},  c- = #{n: m_n < 0},   beta < 0 iff c+ < c-

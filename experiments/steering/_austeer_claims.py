@@ -37,16 +37,20 @@ def _ranking(metrics: Metrics) -> Verdict:
 
 
 def _units(metrics: Metrics) -> Verdict:
+    scanned = {name.split("/")[1] for name in metrics if name.startswith("scan/")} - {"planted"}
+    if not scanned:
+        return None, "no trained model was scanned at this preset"
+    (task,) = scanned
     parts, holds = [], True
     for site in SITES:
-        lead, helpful, harmful = (metrics[f"scan/{site}/{part}"] for part in ("lead", "helpful", "harmful"))
-        best, block = metrics[f"scan/{site}/best_unit"], metrics[f"scan/{site}/block"]
+        lead, helpful, harmful = (metrics[f"scan/{task}/{site}/{part}"] for part in ("lead", "helpful", "harmful"))
+        best, block = metrics[f"scan/{task}/{site}/best_unit"], metrics[f"scan/{task}/{site}/block"]
         holds &= lead.value > 0 and helpful.value > 0 and harmful.value > 0
         parts.append(
-            f"{site}: layer {metrics[f'scan/{site}/layer'].value:.0f}, best unit {best.value:+.3f}, block "
+            f"{site}: layer {metrics[f'scan/{task}/{site}/layer'].value:.0f}, best unit {best.value:+.3f}, block "
             f"{block.value:+.3f}; {helpful.value:.0f} units help and {harmful.value:.0f} harm, of {helpful.n}"
         )
-    return holds, "; ".join(parts) + f"; band {metrics['scan/band'].value:.3f} AUROC"
+    return holds, "; ".join(parts) + f"; band {metrics[f'scan/{task}/band'].value:.3f} AUROC"
 
 
 def _selection(metrics: Metrics) -> Verdict:
@@ -102,7 +106,7 @@ CLAIMS = (
         id="unit_beats_block",
         statement="One single dimension can beat steering its whole block; dimensions of a block help and harm.",
         source="the paper's analysis of heterogeneity",
-        criterion="at both sites, at one alpha: for some layer the best unit's dev AUROC gain above the block's, and "
+        criterion="in a trained model, at both sites, at one alpha: for some layer the best unit's dev AUROC gain above the block's, and "
         "units on both sides of the simultaneous 95 % bootstrap band of no effect",
         judge=_units,
     ),

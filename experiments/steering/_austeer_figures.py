@@ -85,17 +85,16 @@ def methods(tasks: Sequence[str], metrics: Mapping[str, Metric]) -> Figure:
                 axes.errorbar(x, metric.value, spread, color=colour, marker=marker, markersize=8, linewidth=1.4,
                               linestyle="none", label=label)  # fmt: skip
             axes.set_xscale("log")
+        panels[1, column].set_xlabel("dimensions touched")
         panels[0, column].set_title(task.replace("_", ": "), loc="left")
     panels[0, 0].set_ylabel("test AUROC")
     panels[1, 0].set_ylabel("test accuracy (%)")
-    figure.supxlabel("dimensions touched (mean over seeds)", fontsize=13)
     handles = {
         label: handle for axes in panels[:, 0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     columns = min(len(handles), 2 + 2 * len(tasks))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
-    figure.text(0.99, 0.002, "bars: 95 % over items; of random units: lowest to highest AUROC", ha="right", fontsize=10,
-                color="#555555")  # fmt: skip
+    note(figure, "bars: 95 % over items, for random units lowest to highest AUROC; dimensions: mean over seeds")
     return figure
 
 

@@ -100,22 +100,22 @@ def scan(
     return Scan(units, of_blocks, band, {site: halves[i].T for i, site in enumerate(lab.SITES)})
 
 
-def scan_metrics(found: Scan, items: int) -> dict[str, Metric]:
+def scan_metrics(found: Scan, task: str, items: int) -> dict[str, Metric]:
     """The numbers of a scan that claims and the page quote."""
-    metrics = {"scan/band": Metric(value=found.band, n=items, unit="AUROC")}
+    metrics = {f"scan/{task}/band": Metric(value=found.band, n=items, unit="AUROC")}
     for site, units in found.units.items():
         lead = units.max(1) - found.blocks[site]
         layer = int(lead.argmax())
         of_test = found.test[site][layer]
         metrics |= {
-            f"scan/{site}/lead": Metric(value=lead[layer], n=items, unit="AUROC"),
-            f"scan/{site}/layer": Metric(value=layer),
-            f"scan/{site}/best_unit": Metric(value=units.max(1)[layer], n=items, unit="AUROC"),
-            f"scan/{site}/block": Metric(value=found.blocks[site][layer], n=items, unit="AUROC"),
-            f"scan/{site}/test_lead": Metric(value=of_test[0] - of_test[1], unit="AUROC"),
-            f"scan/{site}/layers_led": Metric(value=int((lead > 0).sum()), n=len(lead), unit="layers"),
-            f"scan/{site}/helpful": Metric(value=int((units > found.band).sum()), n=units.size, unit="units"),
-            f"scan/{site}/harmful": Metric(value=int((units < -found.band).sum()), n=units.size, unit="units"),
+            f"scan/{task}/{site}/lead": Metric(value=lead[layer], n=items, unit="AUROC"),
+            f"scan/{task}/{site}/layer": Metric(value=layer),
+            f"scan/{task}/{site}/best_unit": Metric(value=units.max(1)[layer], n=items, unit="AUROC"),
+            f"scan/{task}/{site}/block": Metric(value=found.blocks[site][layer], n=items, unit="AUROC"),
+            f"scan/{task}/{site}/test_lead": Metric(value=of_test[0] - of_test[1], unit="AUROC"),
+            f"scan/{task}/{site}/layers_led": Metric(value=int((lead > 0).sum()), n=len(lead), unit="layers"),
+            f"scan/{task}/{site}/helpful": Metric(value=int((units > found.band).sum()), n=units.size, unit="units"),
+            f"scan/{task}/{site}/harmful": Metric(value=int((units < -found.band).sum()), n=units.size, unit="units"),
         }
     return metrics
 

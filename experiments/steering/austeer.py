@@ -163,7 +163,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
                 one, *first = jax.tree.map(lambda x: x[:1], (reading, dev, test))
                 scores = {site: beta[0] for site, beta in one.scores.items()}
                 scanned = units.scan(stream(key, "scan"), subject, scores, *first, config.scan_alpha)
-                metrics |= units.scan_metrics(scanned, dev.right.shape[1])
+                metrics |= units.scan_metrics(scanned, name, dev.right.shape[1])
             if spelled is None or name in lab.TALES[:1]:
                 site = lab.SITES[int(outcomes[name].choices["austeer"]["site"][0])]
                 spelled = units.words(subject, reading.scores[site][0], site, config.words)

@@ -36,7 +36,7 @@ def test_all_planted_units_are_found_with_their_signs_and_help(result):
     assert metrics["gain/planted/austeer"].value > 20 and metrics["auroc_gain/planted/austeer"].value > 0.2
     assert metrics["over_random/planted"].value > 0
     status = {claim.id: claim.status for claim in result.claims}
-    assert status["ranking"] == "holds" and status["selection_matters"] == "not_judged"
+    assert status["ranking"] == "holds" and status["selection_matters"] == status["unit_beats_block"] == "not_judged"
 
 
 def test_metrics_are_what_they_say(result):
@@ -50,7 +50,7 @@ def test_metrics_are_what_they_say(result):
         )
     assert metrics["choice/planted/austeer/dims"].value <= metrics["choice/planted/austeer/k"].value
     assert {"methods", "grid", "where", "units_attn", "units_ffn", "divergence"} == set(result.figures)
-    assert metrics["scan/ffn/helpful"].n == 64
+    assert metrics["scan/planted/ffn/helpful"].n == 64
 
 
 def test_arms_of_zeros_are_the_model_and_each_array_acts(subject):
@@ -157,13 +157,13 @@ def test_claims_fail_and_hold_by_their_numbers():
             "planted/found": Metric(value=n["found"], n=3),
             "planted/signs": Metric(value=8, n=3),
             "gain/planted/austeer": Metric(value=30, ci95=(20, 40)),
-            "scan/band": Metric(value=0.02),
+            "scan/recall/band": Metric(value=0.02),
         }
         for site in ("attn", "ffn"):
             for part, value in (("lead", n["lead"]), ("helpful", 2), ("harmful", n["harmful"])):
-                metrics[f"scan/{site}/{part}"] = Metric(value=value, n=64)
+                metrics[f"scan/recall/{site}/{part}"] = Metric(value=value, n=64)
             for part in ("best_unit", "block", "layer"):
-                metrics[f"scan/{site}/{part}"] = Metric(value=1.0)
+                metrics[f"scan/recall/{site}/{part}"] = Metric(value=1.0)
         for i, task in enumerate(("recall", "mood", "agree")):
             metrics[f"over_random/{task}"] = Metric(value=n["over_random"] if i else -0.1)
             metrics[f"auroc_gain/{task}/austeer"] = Metric(value=0.1, ci95=(n["lower"], 0.3))

@@ -22,12 +22,15 @@ class Scan(NamedTuple):
     Attributes:
       units: (L, D) by site, each unit steered alone.
       blocks: (L,) by site, all units of the layer at once, by the same rule.
+      own: (L, D) by site, 1 or -1 where a unit's own 95 % bootstrap interval is above or below 0, as is that of
+        5 % of units without any effect.
       band: half-width of the band that holds the noise of *all* units at once in 95 % of bootstrap samples.
       test: by site (L, 2): the unit that was best on dev, and the block, on test items.
     """
 
     units: dict[str, np.ndarray]
     blocks: dict[str, np.ndarray]
+    own: dict[str, np.ndarray]
     band: float
     test: dict[str, np.ndarray]
 
@@ -80,10 +83,13 @@ def scan(
     margins, found = aurocs(dev, masks)
     draws = np.asarray(resampled_auroc(key, margins, np.asarray(dev.right[0]) == 0, resamples=resamples))
     gain, noise = found - found[0], (draws - draws[0]) - (found - found[0])[:, None]
-    units, of_blocks, noises, start = {}, {}, [], 1
+    low, high = np.quantile(draws - draws[0], (0.025, 0.975), axis=1)
+    sides = (low > 0).astype(int) - (high < 0)
+    units, of_blocks, own, noises, start = {}, {}, {}, [], 1
     for site in lab.SITES:
         n = scores[site].size
         units[site] = gain[start : start + n].reshape(scores[site].shape)
+        own[site] = sides[start : start + n].reshape(scores[site].shape)
         of_blocks[site] = gain[start + n : start + n + layers]
         noises.append(noise[start : start + n])
         start += n + layers
@@ -97,7 +103,7 @@ def scan(
     }  # fmt: skip
     _, on_test = aurocs(test, best)
     halves = (on_test[1:] - on_test[0]).reshape(len(lab.SITES), 2, layers)
-    return Scan(units, of_blocks, band, {site: halves[i].T for i, site in enumerate(lab.SITES)})
+    return Scan(units, of_blocks, own, band, {site: halves[i].T for i, site in enumerate(lab.SITES)})
 
 
 def scan_metrics(found: Scan, task: str, items: int) -> dict[str, Metric]:
@@ -115,6 +121,12 @@ def scan_metrics(found: Scan, task: str, items: int) -> dict[str, Metric]:
             f"scan/{task}/{site}/test_lead": Metric(value=of_test[0] - of_test[1], unit="AUROC"),
             f"scan/{task}/{site}/layers_led": Metric(value=int((lead > 0).sum()), n=len(lead), unit="layers"),
             f"scan/{task}/{site}/helpful": Metric(value=int((units > found.band).sum()), n=units.size, unit="units"),
+            f"scan/{task}/{site}/own_helpful": Metric(
+                value=int((found.own[site] > 0).sum()), n=units.size, unit="units"
+            ),
+            f"scan/{task}/{site}/own_harmful": Metric(
+                value=int((found.own[site] < 0).sum()), n=units.size, unit="units"
+            ),
             f"scan/{task}/{site}/harmful": Metric(value=int((units < -found.band).sum()), n=units.size, unit="units"),
         }
     return metrics

@@ -63,10 +63,10 @@ class Config:
     seeds: int = 3
     tales_seeds: int = 1
     pairs: int = 200
-    dev: int = 100
-    test: int = 400
-    tales_dev: int = 60
-    tales_test: int = 200
+    dev: int = 80
+    test: int = 250
+    tales_dev: int = 48
+    tales_test: int = 150
     ks: tuple[int, ...] = (1, 4, 16, 64, 100)
     alphas: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
     tales_ks: tuple[int, ...] = (1, 16, 100)

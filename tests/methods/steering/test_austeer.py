@@ -123,8 +123,12 @@ def test_states_are_read_at_last_tokens_with_heads_side_by_side():
         np.testing.assert_allclose(states[1], wanted, rtol=1e-5, atol=1e-6)
 
 
+# Compiled once for a model and a site, not once a call.
+logits_of = jax.jit(austeer.steered_logits, static_argnums=0)
+
+
 def steered(model, params, mask, site):
-    return austeer.steered_logits(model, params, austeer.au_edits(model, mask, site), TEXTS)
+    return logits_of(model, params, austeer.au_edits(model, mask, site), TEXTS)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -132,10 +136,10 @@ def steered(model, params, mask, site):
 def test_the_edit_is_the_folded_weights(kind, site):
     model, params = MODELS[kind]
     mask = mask_for(model, site)
-    folded = jax.jit(lambda p, m: austeer.fold_au_into_params(model, p, m, site))(params, mask)
+    folded = austeer.fold_au_into_params(model, params, mask, site)
     logits = steered(model, params, mask, site)
-    np.testing.assert_allclose(austeer.steered_logits(model, folded, {}, TEXTS), logits, rtol=1e-5, atol=1e-5)
-    plain = austeer.steered_logits(model, params, {}, TEXTS)
+    np.testing.assert_allclose(logits_of(model, folded, {}, TEXTS), logits, rtol=1e-5, atol=1e-5)
+    plain = logits_of(model, params, {}, TEXTS)
     assert np.abs(logits - plain).max() > 1e-2
     assert jax.tree.structure(folded) == jax.tree.structure(params)
 

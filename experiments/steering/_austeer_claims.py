@@ -106,8 +106,8 @@ CLAIMS = (
         id="unit_beats_block",
         statement="One single dimension can beat steering its whole block; dimensions of a block help and harm.",
         source="the paper's analysis of heterogeneity",
-        criterion="in a trained model, at both sites, at one alpha: for some layer the best unit's dev AUROC gain above "
-        "the block's, and units on both sides of the simultaneous 95 % bootstrap band of no effect",
+        criterion="in a trained model, at both sites, at one alpha: for some layer the best unit's dev AUROC gain "
+        "above the block's, and units on both sides of the simultaneous 95 % bootstrap band of no effect",
         judge=_units,
     ),
     Claim(

@@ -124,6 +124,21 @@ def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> Re
     return digest(states)
 
 
+@jax.jit
+@jax.vmap
+def consistency(key: jax.Array, reading: Reading) -> tuple[jax.Array, jax.Array]:
+    """The largest |beta| of all units at both sites, and the 95 % quantile of it for pairs whose sides are drawn by lot.
+
+    Every unit's signs are flipped together, pair by pair, so that what units have in common is kept.
+    """
+    m = jnp.concatenate([reading.momentum[site].reshape(reading.momentum[site].shape[0], -1) for site in SITES], 1)
+    flips = jax.random.rademacher(key, (400, len(m)), jnp.float32)
+    excess = jnp.abs(flips @ jnp.sign(m))  # |c+ - c-|, where c+ + c- is the number of momenta that are not 0
+    drawn = ((m != 0).sum(0) + excess).max(1) / (2 * len(m))
+    top = jnp.stack([jnp.abs(reading.scores[site]).max() for site in SITES]).max()
+    return top, jnp.quantile(drawn, 0.95)
+
+
 def arms_of(model: Model, **given: jax.Array) -> Arm:
     """An arm of the given arrays, zeros in the other places."""
     config = model.module.config

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.measures import per_seed
 from experiments.steering import _austeer_figures as draw
 from experiments.steering import _austeer_lab as lab
 from experiments.steering import _austeer_units as units
@@ -157,6 +158,9 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
             log.say(f"{where}: {name}")
             reading, dev, test, outcomes[name] = one_task(stream(key, name), subject, name, config, log)
             metrics |= summarise(stream(key, name, "bootstrap"), name, outcomes[name])
+            seeds = jax.vmap(lambda seed, name=name: stream(key, name, "lots", seed))(jnp.arange(len(reading.caa)))
+            for what, values in zip(("top", "by_lot"), lab.consistency(seeds, reading), strict=True):
+                metrics[f"consistency/{name}/{what}"] = per_seed(values, "|beta|")
             if name == "planted":
                 metrics |= units.planted_metrics(reading)
             if name == config.scan_task:

@@ -79,6 +79,13 @@ def test_methods_get_about_as_many_dev_evaluations_as_austeer(subject, reading):
         assert not ours.arms[1 - site][1, i].any()
 
 
+def test_lots_are_the_consistency_of_chance(reading):
+    top, by_lot = lab.consistency(jax.random.split(jax.random.key(0), 2), reading)
+    np.testing.assert_array_equal(top, 1)
+    # The largest |beta| of 128 fair coins thrown 20 times: high, but below that of a planted unit.
+    assert ((by_lot > 0.7) & (by_lot < 1)).all()
+
+
 def test_controls_steer_as_strongly_as_austeer(subject, reading):
     ours = {"site": np.asarray([1, 0]), "k": np.asarray([6, 3]), "alpha": np.asarray([3.0, 2.0])}
     names, arms = lab.control_arms(jax.random.key(1), subject.model, reading, ours, 2)

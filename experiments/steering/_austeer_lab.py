@@ -127,7 +127,7 @@ def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> Re
 @jax.jit
 @jax.vmap
 def consistency(key: jax.Array, reading: Reading) -> tuple[jax.Array, jax.Array]:
-    """The largest |beta| of all units at both sites, and the 95 % quantile of it for pairs whose sides are drawn by lot.
+    """The largest |beta| of all units at both sites, and its 95 % quantile where the sides of pairs are drawn by lot.
 
     Every unit's signs are flipped together, pair by pair, so that what units have in common is kept.
     """

@@ -242,7 +242,7 @@ def control_arms(
     @jax.vmap
     def make(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
         masks = {
-            site: jnp.where(place == i, of_site(stream(key, seed, site), one, site, k, alpha), 0)
+            site: jnp.where(place == i, of_site(stream(jax.random.fold_in(key, seed), site), one, site, k, alpha), 0)
             for i, site in enumerate(SITES)
         }
         return jax.vmap(lambda both: arms_of(model, **both))(masks)

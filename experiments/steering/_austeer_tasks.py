@@ -95,7 +95,7 @@ class Subject(NamedTuple):
 
     model: Model
     params: Any
-    decode: Callable[[Sequence[int]], str]
+    decode: Callable[..., str]
     tasks: dict[str, Task]
 
 
@@ -161,17 +161,17 @@ def encoded(
 
 
 def stacked(items: Sequence[Items]) -> Items:
-    """Items of several seeds on the host, padded to one width, none wider than needed: a leading axis S."""
+    """Items of several seeds, padded to one width, none wider than needed: a leading axis S."""
 
     def together(texts: list[Texts]) -> Texts:
         width = max(int(one.lengths.max()) for one in texts)
         fitted = [np.pad(t.tokens, ((0, 0), (0, max(0, width - t.tokens.shape[1]))))[:, :width] for t in texts]
-        return Texts(np.stack(fitted), np.stack([t.lengths for t in texts]))
+        return Texts(jnp.asarray(np.stack(fitted)), jnp.asarray(np.stack([t.lengths for t in texts])))
 
     return Items(
         together([one.texts for one in items]),
-        np.stack([one.candidates for one in items]),
-        np.stack([one.right for one in items]),
+        jnp.asarray(np.stack([one.candidates for one in items])),
+        jnp.asarray(np.stack([one.right for one in items])),
         together([one.ended for one in items]),
     )
 

@@ -164,9 +164,9 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
             if name == "planted":
                 metrics |= units.planted_metrics(reading)
             if name == config.scan_task:
-                one, *first = jax.tree.map(lambda x: x[:1], (reading, dev, test))
+                one, of_dev, of_test = jax.tree.map(lambda x: x[:1], (reading, dev, test))
                 scores = {site: beta[0] for site, beta in one.scores.items()}
-                scanned = units.scan(stream(key, "scan"), subject, scores, *first, config.scan_alpha)
+                scanned = units.scan(stream(key, "scan"), subject, scores, of_dev, of_test, config.scan_alpha)
                 metrics |= units.scan_metrics(scanned, name, dev.right.shape[1])
             if spelled is None or name in lab.TALES[:1]:
                 site = lab.SITES[int(outcomes[name].choices["austeer"]["site"][0])]
@@ -204,7 +204,7 @@ def one_task(
     tuned = lab.tuned_arms(subject.model, reading, ks, alphas)
     none = jax.tree.map(lambda x: np.zeros((seeds, 1, *x.shape)), lab.arms_of(subject.model))
     dev_logits = ask(subject, dev, lab.join(none, *(options.arms for options in tuned.values())))
-    dev_found = [areas_and_hits(*one) for one in zip(dev_logits, dev.right, strict=True)]
+    dev_found = [areas_and_hits(*one) for one in zip(dev_logits, np.asarray(dev.right), strict=True)]
     worth = np.stack([(areas + hits.mean(-1)) / 2 for areas, hits in dev_found])
 
     # Arm 0 is no steering; the options of each method follow.
@@ -231,7 +231,7 @@ def one_task(
     arms = lab.join(none, *chosen, others)
     names = ["none", *tuned, *controls]
     logits = ask(subject, test, arms)
-    found = [areas_and_hits(*one) for one in zip(logits, test.right, strict=True)]
+    found = [areas_and_hits(*one) for one in zip(logits, np.asarray(test.right), strict=True)]
     after_offset = {
         arm: np.stack([offset_hits(dev_logits[s, at[s]], dev.right[s], logits[s, i], test.right[s]) for s in rows])
         for i, (arm, at) in enumerate(places.items())

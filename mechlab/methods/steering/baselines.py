@@ -205,8 +205,8 @@ def sadi_mask(momentum: Float[ArrayLike, "N L D"], k: Any, delta: Any) -> Float[
 
 def whole_block(scores: Float[ArrayLike, "L D"], layer: Any, alpha: Any) -> Float[Array, "L D"]:
     """alpha beta on every unit of one layer: the block that single units are said to beat; both may be traced."""
-    inside = jnp.arange(len(scores)) == layer
-    return jnp.where(inside[:, None], alpha * jnp.asarray(scores), 0.0)
+    beta = jnp.asarray(scores)
+    return jnp.where((jnp.arange(len(beta)) == layer)[:, None], alpha * beta, 0.0)
 
 
 def matched_mask(scores: Float[ArrayLike, "L D"], ranks: Int[Array, "L D"], k: Any, alpha: Any) -> Float[Array, "L D"]:
@@ -231,9 +231,9 @@ def matched_mask(scores: Float[ArrayLike, "L D"], ranks: Int[Array, "L D"], k: A
     return jnp.where(ranks < k, alpha * jnp.where(beta < 0, -1, 1) * strengths[ranks], 0.0)
 
 
-def random_ranks(key: jax.Array, shape: tuple[int, int]) -> Int[Array, "L D"]:
+def random_ranks(key: jax.Array, shape: tuple[int, ...]) -> Int[Array, "L D"]:
     """All units of all layers in a random order."""
-    return jax.random.permutation(key, shape[0] * shape[1]).reshape(shape)
+    return jax.random.permutation(key, int(np.prod(shape))).reshape(shape)
 
 
 def inverse_ranks(scores: Float[ArrayLike, "L D"]) -> Int[Array, "L D"]:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechlab.analysis import bootstrap_mean, intervals, paired_bootstrap, wilson
+from mechlab.analysis.intervals import resampled_auroc
+from mechlab.analysis.metrics import auroc
 
 
 def skewed(n: int) -> np.ndarray:
@@ -163,3 +165,43 @@ def test_arms_of_different_shapes_are_refused(shapes: tuple[tuple[int, ...], tup
 def test_impossible_counts_are_refused(successes: int, n: int) -> None:
     with pytest.raises(ValueError, match="successes, n: wanted"):
         wilson(successes, n)
+
+
+def test_resampled_aurocs_are_those_of_drawn_items() -> None:
+    rng = np.random.default_rng(3)
+    labels = np.arange(30) % 3 == 0
+    # Whole numbers, so that there are ties.
+    scores = rng.integers(0, 6, (2, 30)).astype(np.float32)
+    draws = resampled_auroc(jax.random.key(0), scores, labels, resamples=3)
+    assert draws.shape == (2, 3)
+    counts = [intervals._draw_counts(jax.random.fold_in(jax.random.key(0), i), n, 3) for i, n in enumerate((10, 20))]
+    for r in range(3):
+        rows = np.concatenate(
+            [np.repeat(np.flatnonzero(labels == side), np.asarray(counts[i][r], int)) for i, side in enumerate((1, 0))]
+        )
+        assert len(rows) == 30
+        np.testing.assert_allclose(draws[:, r], auroc(scores[:, rows], labels[rows]), rtol=1e-5)
+
+
+def test_resampled_aurocs_have_the_spread_of_hanley_and_mcneil() -> None:
+    labels = np.arange(400) % 2 == 0
+    scores = np.random.default_rng(4).normal(size=400) + labels
+    draws = np.asarray(resampled_auroc(jax.random.key(1), scores, labels, resamples=2000))
+    a = float(auroc(jnp.asarray(scores), labels))
+    q1, q2 = a / (2 - a), 2 * a**2 / (1 + a)
+    wanted = np.sqrt((a * (1 - a) + 199 * (q1 - a**2) + 199 * (q2 - a**2)) / 200**2)
+    np.testing.assert_allclose([draws.mean(), draws.std()], [a, wanted], rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "resamples", "message"),
+    [
+        (np.zeros(3), np.ones(3), 5, "both classes"),
+        (np.zeros((2, 3)), np.array([0, 1]), 5, "both classes"),
+        (np.array([np.nan, 1.0]), np.array([0, 1]), 5, "finite"),
+        (np.zeros(2), np.array([0, 1]), 0, "resamples"),
+    ],
+)
+def test_bad_scores_to_resample_are_refused(scores, labels, resamples, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        resampled_auroc(jax.random.key(0), scores, labels, resamples=resamples)

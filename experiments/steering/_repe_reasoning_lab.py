@@ -72,7 +72,7 @@ class Reading(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Logits (S, K, A, N, V) of dev and of test items for every vector, layer and alpha, and slopes at alpha = 0."""
+    """Logits (S, K, A, N, V) of dev and of test items for every vector by name, every layer and alpha."""
 
     names: list[str]
     dev: Items
@@ -88,7 +88,7 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
         model, params, tokenizer = load_tales(config.tales)
         layers = config.tales_layers or tuple(range(model.module.config.layers))
         tasks = {kind: tales_task(kind, TALES[kind]) for kind in kinds}
-        found["tales"] = Subject(model, [params] * config.seeds, tokenizer, tasks, tokenizer.ids["."], layers)
+        found["tales"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, tokenizer.ids["."], layers)
     own = {
         "deduce": deduce_task(config.hops, config.facts),
         "arith": arith_task(config.people),
@@ -106,7 +106,7 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
             tasks = {name: story_task(name.removeprefix("stories_"), vocabulary) for name in names}
             end = int(vocabulary.encode("x.")[-1])
             layers = tuple(range(model.module.config.layers))
-            found["stories260K"] = Subject(model, [weights] * config.seeds, vocabulary, tasks, end, layers)
+            found["stories260K"] = Subject(model, [weights] * config.tales_seeds, vocabulary, tasks, end, layers)
     return found
 
 
@@ -178,7 +178,7 @@ def choose_level(key: jax.Array, subject: Subject, task: Task, n: int) -> tuple[
     """The first level that the unsteered first model answers at most 90 % of, on dev items; and its accuracy."""
     accuracy = 0.0
     for level in task.levels:
-        items = task.draw(key, n, "dev", level)
+        items = task.draw(stream(key, level), n, "dev", level)
         accuracy = float(right_of(logits_of(subject.model, subject.params[0], items.texts), items).mean())
         if accuracy <= EASY_ENOUGH:
             break
@@ -225,24 +225,24 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
 def measure(
     key: jax.Array, subject: Subject, seed: int, task: Task, level: int, vectors: dict[str, jax.Array], config: Any
 ) -> Grid:
-    """Every vector, and random ones of the lengths of R and of R-C, at every layer and alpha, on dev and test items."""
+    """Every vector at every layer and alpha, on dev and test items; the same items for the same key."""
     dev = task.draw(stream(key, "dev"), config.dev, "dev", level)
     test = task.draw(stream(key, "test"), config.test, "test", level)
-    names, values = list(vectors), [jnp.stack(list(vectors.values()))]
-    for like in ("contrast", "reading"):
-        drawn = random_vectors(stream(key, "random", like), SteeringVector(vectors[like]), config.randoms)
-        values.append(drawn.values)
-        names += [f"random/{like}/{i}" for i in range(config.randoms)]
     both: Texts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), dev.texts, test.texts)
     logits = dose_grid(
         subject.model,
         subject.params[seed],
-        jnp.concatenate(values),
+        jnp.stack(list(vectors.values())),
         both,
         layers=subject.layers,
         strengths=np.asarray(config.alphas),
     )
-    return Grid(names, dev, test, logits[..., : config.dev, :], logits[..., config.dev :, :])
+    return Grid(list(vectors), dev, test, logits[..., : config.dev, :], logits[..., config.dev :, :])
+
+
+def random_like(key: jax.Array, v: jax.Array, n: int) -> dict[str, jax.Array]:
+    """Random vectors (L, D) of the length of ``v`` in every layer, by name."""
+    return {f"random {i}": x for i, x in enumerate(random_vectors(key, SteeringVector(v), n).values)}
 
 
 def scores(logits: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
@@ -251,12 +251,18 @@ def scores(logits: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(list_correct(listed, items.right)), np.asarray(log_odds(listed, items.right))
 
 
-def ask_with_example(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, test: Items) -> np.ndarray:
-    """Whether test items are answered rightly behind one solved example: the upper reference, without a vector."""
+def ask_with_example(
+    key: jax.Array, subject: Subject, seed: int, task: Task, level: int, test: Items
+) -> np.ndarray | None:
+    """Whether test items are answered rightly behind one solved example: the upper reference, without a vector.
+
+    None where prompts with an example are longer than the model's context.
+    """
     examples = task.draw(key, len(test.right), "train", level)
     texts = few_shot(test, examples, subject.end)
+    texts = texts._replace(tokens=texts.tokens[:, : int(texts.lengths.max())])
     if texts.tokens.shape[1] > subject.model.module.config.context:
-        texts = texts._replace(tokens=texts.tokens[:, : int(texts.lengths.max())])
+        return None
     return right_of(logits_of(subject.model, subject.params[seed], texts), test)
 
 

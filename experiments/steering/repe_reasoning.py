@@ -5,8 +5,8 @@
 
 Vectors of three types are read from texts that end in the right answer, and added in one layer at strength alpha.
 Type, layer and alpha (never 0) are chosen on dev items; names and things of train, dev and test are disjoint. Beside
-the chosen vector stand: no vector; constant offsets of the answers tuned on dev; random vectors of the same length, each
-with its own dev choice of layer and alpha; vectors of shuffled pairs, of wrongly answered items, of text that asks
+the chosen vector stand: no vector; constant offsets of the answers tuned on dev; random vectors of the same length,
+each with its own dev choice of layer and alpha; vectors of shuffled pairs, of wrongly answered items, of text that asks
 nothing, of another task; and one solved example in the prompt. The level of difficulty is set on dev before any vector
 is read.
 
@@ -46,7 +46,8 @@ class Config:
     Attributes:
       tasks: ioi, recall, mood on a model of tales; deduce, arith on decoders trained here; stories_mood, stories_recall
         on stories260K.
-      seeds: decoders, and draws of texts and items.
+      seeds: decoders, each with its own texts and items.
+      tales_seeds: draws of texts and items for the models that are not trained here.
       tales: size of the model of tales.
       tales_layers: where it is steered; empty for all layers.
       layers, width, steps, batch, rate: of the decoders and of Adam.
@@ -55,12 +56,13 @@ class Config:
       texts: N, from which a vector is read.
       dev, test: numbers of items.
       alphas: the grid; contains 0.
-      randoms: random vectors for each of two lengths.
+      randoms: random vectors of the length of the chosen type.
       extras: also the families of IOI, few-shot prompts, and the slope at alpha = 0.
     """
 
     tasks: tuple[str, ...] = ALL_TASKS
     seeds: int = 3
+    tales_seeds: int = 1
     tales: Literal["S", "M", "L"] = "L"
     tales_layers: tuple[int, ...] = (3,)
     layers: int = 3
@@ -72,9 +74,9 @@ class Config:
     facts: tuple[int, ...] = (3, 4, 5, 6)
     people: tuple[int, ...] = (1, 2)
     texts: int = 200
-    dev: int = 60
-    test: int = 120
-    alphas: tuple[float, ...] = (-1.0, -0.75, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+    dev: int = 40
+    test: int = 80
+    alphas: tuple[float, ...] = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
     randoms: int = 10
     extras: bool = True
 
@@ -86,7 +88,10 @@ class Config:
             raise ValueError(f"alphas: wanted finite numbers with 0 and another one among them, got {self.alphas}")
         if tuple(sorted(self.alphas)) != self.alphas:
             raise ValueError(f"alphas: wanted rising numbers, got {self.alphas}")
-        if min(self.seeds, self.steps, self.batch, self.randoms) < 1 or min(self.texts, self.dev, self.test) < 2:
+        if (
+            min(self.seeds, self.tales_seeds, self.steps, self.batch, self.randoms) < 1
+            or min(self.texts, self.dev, self.test) < 2
+        ):
             raise ValueError("seeds, steps, batch and randoms must be at least 1; texts, dev and test at least 2")
         if self.width % 16:
             raise ValueError(f"width: wanted a multiple of 16, the width of a head, got {self.width}")
@@ -112,6 +117,7 @@ PRESETS: dict[str, Config] = {
     "cpu": Config(),
     "accel": Config(
         seeds=5,
+        tales_seeds=5,
         tales_layers=(),
         layers=8,
         width=256,
@@ -124,9 +130,11 @@ PRESETS: dict[str, Config] = {
         test=500,
         alphas=_FINE,
     ),
+    # The paper's grid and more items on our subjects; its own models, Pythia and Mistral, are not wired up.
     "paper": Config(
         tales_layers=(),
         seeds=5,
+        tales_seeds=5,
         steps=4000,
         facts=(3, 4, 5, 6, 7, 8),
         people=(1, 2, 3, 4),
@@ -149,7 +157,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
             metrics[f"level/{name}"] = Metric(value=levels[name], unit="distractors, facts or people")
             metrics[f"level_accuracy/{name}"] = Metric(value=100 * found, unit="% of dev", n=config.dev)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in subject.tasks}
-        for seed in range(config.seeds):
+        for seed in range(len(subject.params)):
             keys = {name: stream(jax.random.fold_in(key, seed), name) for name in subject.tasks}
             readings = {
                 name: lab.read(
@@ -192,27 +200,20 @@ def one_seed(
     zero, moved = int((alphas == 0).argmax()), np.flatnonzero(alphas != 0)
     dev_hits, dev_margins = lab.scores(grid.dev_logits, grid.dev)
     hits, margins = lab.scores(grid.test_logits, grid.test)
-    # The mean margin decides between cells of equal accuracy.
-    worth = (dev_hits.mean(-1) + 1e-3 * np.tanh(dev_margins.mean(-1)))[..., moved]
-    cells: dict[str, tuple[int, int, int]] = {}
-    for s, arm in enumerate(grid.names):
-        k, a = np.unravel_index(worth[s].argmax(), worth[s].shape)
-        cells[arm] = s, int(k), int(moved[a])
-    best_of = {arm: worth[cells[arm][0]].max() for arm in lab.TYPES}
-    chosen = max(best_of, key=lambda arm: best_of[arm])
+    cells = best_cells(grid, dev_hits, dev_margins, moved)
+    chosen = max(lab.TYPES, key=lambda arm: worth(dev_hits, dev_margins)[cells[arm]])
     cells |= {"zero": (0, 0, zero), "chosen": cells[chosen]}
-    like = "reading" if chosen == "reading" else "contrast"
-    randoms = [arm for arm in grid.names if arm.startswith(f"random/{like}/")]
-    cells["best_random"] = cells[max(randoms, key=lambda arm: float(hits[cells[arm]].mean()))]
-    best_margin = max(float(margins[cells[arm]].mean()) for arm in randoms)
+    randoms = lab.random_like(stream(key, "random"), vectors[chosen], config.randoms)
+    random_grid = lab.measure(key, subject, seed, task, level, randoms, config)
+    random_hits, random_margins = lab.scores(random_grid.test_logits, grid.test)
+    random_cells = best_cells(random_grid, *lab.scores(random_grid.dev_logits, grid.dev), moved)
 
-    arms = {arm: at for arm, at in cells.items() if not arm.startswith("random/")}
     found: dict[str, Any] = {
-        "hits": {arm: hits[at] for arm, at in arms.items()},
-        "margins": {arm: margins[at] for arm, at in arms.items()},
+        "hits": {arm: hits[at] for arm, at in cells.items()},
+        "margins": {arm: margins[at] for arm, at in cells.items()},
         "choice": {"type": chosen, "layer": subject.layers[cells["chosen"][1]], "alpha": alphas[cells["chosen"][2]]},
-        "random_margin": best_margin,
-        "random_hits": np.asarray([hits[cells[arm]].mean() for arm in randoms]),
+        "random_margins": np.asarray([random_margins[at].mean() for at in random_cells.values()]),
+        "random_hits": np.asarray([random_hits[at].mean() for at in random_cells.values()]),
     }
     listed = [candidate_scores(jnp.asarray(x[0, 0, zero]), i.answers) for x, i in
               ((grid.dev_logits, grid.dev), (grid.test_logits, grid.test))]  # fmt: skip
@@ -226,7 +227,7 @@ def one_seed(
     kl = np.asarray(repe.kl_divergence(logits[zero], logits))
     found["curves"] = {
         "accuracy": hits[at[0], at[1]].mean(-1),
-        "random": np.stack([hits[grid.names.index(arm), at[1]].mean(-1) for arm in randoms]),
+        "random": random_hits[:, at[1]].mean(-1),
         "margin": margins[at[0], at[1]].mean(-1),
         "kl": kl.mean(-1),
         "kl_sd": kl.std(-1),
@@ -241,7 +242,7 @@ def one_seed(
         found["auroc"] = {
             n: float(auroc(x[:, 0] - x[:, 1], first)) for n, x in zip(("zero", "chosen"), pair, strict=True)
         }
-    found["control"] = control(grid, subject, seed, vectors, dev_margins, margins, alphas, config)
+    found["control"] = control(grid, subject, seed, chosen, vectors, dev_margins, margins, random_margins, config)
     if config.extras:
         found["hits"]["few_shot"] = lab.ask_with_example(stream(key, "examples"), subject, seed, task, level, grid.test)
         if name == "ioi":
@@ -255,34 +256,54 @@ def one_seed(
     return found
 
 
+def worth(hits: np.ndarray, margins: np.ndarray) -> np.ndarray:
+    """What a cell is chosen by, (..., N) to (...): accuracy; the mean margin decides between equal ones."""
+    return hits.mean(-1) + 1e-3 * np.tanh(margins.mean(-1))
+
+
+def best_cells(
+    grid: lab.Grid, hits: np.ndarray, margins: np.ndarray, moved: np.ndarray
+) -> dict[str, tuple[int, int, int]]:
+    """The best (vector, layer, alpha) of every vector on dev, alpha among the places ``moved``."""
+    cells = {}
+    for s, of_vector in enumerate(worth(hits, margins)[..., moved]):
+        k, a = np.unravel_index(of_vector.argmax(), of_vector.shape)
+        cells[grid.names[s]] = s, int(k), int(moved[a])
+    return cells
+
+
 def control(
     grid: lab.Grid,
     subject: lab.Subject,
     seed: int,
+    chosen: str,
     vectors: dict[str, jax.Array],
     dev_margins: np.ndarray,
     margins: np.ndarray,
-    alphas: np.ndarray,
+    random_margins: np.ndarray,
     config: Config,
 ) -> dict[str, float] | None:
     """How the margin follows alpha in [-0.5, 0.5], for the type and layer that move it most on dev.
 
-    None where the grid of alphas is too coarse.
+    None where the grid of alphas is too coarse. The random vectors have the length of the type that was chosen: R's, or
+    that of R-C and PCA-C, which are equally long; so only types of this length are looked at.
     """
+    alphas = np.asarray(config.alphas)
     places = {round(float(alpha), 3): i for i, alpha in enumerate(alphas)}
     if not config.extras or not {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(places):
         return None
     low, high = places[-0.5], places[0.5]
-    moves = dev_margins[: len(lab.TYPES)].mean(-1)
+    types = [grid.names.index(kind) for kind in lab.TYPES if (kind == "reading") == (chosen == "reading")]
+    moves = dev_margins[types].mean(-1)
     s, k = np.unravel_index(np.abs(moves[..., high] - moves[..., low]).argmax(), moves.shape[:2])
+    s = types[s]
     means = margins.mean(-1)
     curve = means[s, k]
-    like = "reading" if lab.TYPES[s] == "reading" else "contrast"
-    randoms = [i for i, arm in enumerate(grid.names) if arm.startswith(f"random/{like}/")]
+    randoms = random_margins.mean(-1)[:, k]
     _, slope = repe.margin_slopes(
         subject.model,
         subject.params[seed],
-        vectors[lab.TYPES[s]][None],
+        vectors[grid.names[s]][None],
         [subject.layers[k]],
         grid.test.texts,
         grid.test.answers,
@@ -295,7 +316,7 @@ def control(
         "down": float(curve[places[-0.1]] - curve[places[0.0]]),
         "slope": float(slope.mean()),
         "moved": float(abs(curve[high] - curve[low])),
-        "random_moved": float(np.abs(means[randoms, k, high] - means[randoms, k, low]).max()),
+        "random_moved": float(np.abs(randoms[:, high] - randoms[:, low]).max()),
     }
 
 
@@ -349,7 +370,7 @@ def summarise(key: jax.Array, name: str, runs: list[dict[str, Any]], config: Con
     chosen = stacked("hits", "chosen").mean(1)
     best = np.asarray([one["random_hits"].max() for one in runs])
     metrics[f"over_random/{name}"] = per_seed(100 * (chosen - best), "points")
-    margin = stacked("margins", "chosen").mean(1) - [one["random_margin"] for one in runs]
+    margin = stacked("margins", "chosen").mean(1) - [one["random_margins"].max() for one in runs]
     metrics[f"margin_over_random/{name}"] = per_seed(margin, "nats")
     if "incorrect" in arms:
         metrics[f"correct_over_incorrect/{name}"] = points(

@@ -112,7 +112,7 @@ def _is_right(scores: Float[Array, "... N A"], right: Int[ArrayLike, " N"]) -> B
     if len(shape) < 2 or shape[-1] < 2 or np.shape(right) != shape[-2:-1]:
         raise ValueError(f"scores, right: wanted (..., N, A >= 2) and (N,), got {shape} and {np.shape(right)}.")
     if not isinstance(right, jax.core.Tracer):
-        low, high = int(np.min(right)), int(np.max(right))
+        low, high = int(np.asarray(right).min()), int(np.asarray(right).max())
         if low < 0 or high >= shape[-1]:
             raise ValueError(f"right: wanted 0 to {shape[-1] - 1}, got values from {low} to {high}.")
     return jax.nn.one_hot(jnp.asarray(right), shape[-1], dtype=bool)

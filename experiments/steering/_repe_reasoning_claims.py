@@ -60,6 +60,8 @@ def _controlled(metrics: Metrics, task: str) -> bool:
 
 def _diverges(metrics: Metrics) -> Verdict:
     ranks = {task: metrics[f"kl_rank/{task}"].value for task in TASKS if f"kl_rank/{task}" in metrics}
+    if not ranks:
+        return None, "too few alphas at this preset"
     largest = max(max(metrics[f"kl_zero/{task}"].per_seed or (0,)) for task in ranks)
     spelled = ", ".join(f"{task} {rank:.2f}" for task, rank in ranks.items())
     return min(

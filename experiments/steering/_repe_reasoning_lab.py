@@ -218,7 +218,9 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
     if (~hits).sum() >= 2:
         found["incorrect"] = repe.contrast_vector(repe.only_correct(high, ~hits), repe.only_correct(low, ~hits))
     # What all texts of the model share: a reading vector of text that asks nothing.
-    found["unrelated"] = repe.reading_vector(last_states(model, variables, negatives(other, items, vocabulary, False)))
+    found["unrelated"] = repe.reading_vector(
+        last_states(model, variables, negatives(other, items, vocabulary, False), batch=len(hits))
+    )
     return Reading(found, np.asarray(repe.component_cosine(*kept)), int(hits.sum()))
 
 

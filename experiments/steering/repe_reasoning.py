@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.measures import per_seed, percent, points
 from experiments.steering import _repe_reasoning_figures as draw
 from experiments.steering import _repe_reasoning_lab as lab
 from experiments.steering._repe_reasoning_claims import CLAIMS
-from mechlab.analysis.intervals import paired_bootstrap
+from experiments.steering._repe_reasoning_measures import summarise
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds, tune_offsets
 from mechlab.analysis.metrics import auroc, spearman
 from mechlab.core.rng import stream
@@ -177,7 +176,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
                     kind: np.linalg.norm(readings[name].vectors[kind], axis=-1) for kind in lab.TYPES
                 }
         for name, of_seeds in runs.items():
-            metrics |= summarise(stream(boot, name), name, of_seeds, config)
+            metrics |= summarise(stream(boot, name), name, of_seeds, config.alphas)
             curves[name] = {"runs": of_seeds, "layers": subject.layers}
     figures = draw.all_figures(config.alphas, curves)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
@@ -339,64 +338,3 @@ def families(
             rows = np.asarray(items.right) == order
             outcome[family + length] = hits[0, rows], hits[1, rows]
     return outcome
-
-
-def summarise(key: jax.Array, name: str, runs: list[dict[str, Any]], config: Config) -> dict[str, Metric]:
-    """The metrics of one task from what its seeds measured."""
-    metrics: dict[str, Metric] = {}
-    arms = [arm for arm in runs[0]["hits"] if all(arm in one["hits"] for one in runs)]
-
-    def stacked(what: str, arm: str) -> np.ndarray:
-        return np.stack([one[what][arm] for one in runs])
-
-    zero = stacked("hits", "zero")
-    for arm in arms:
-        hits = stacked("hits", arm)
-        metrics[f"accuracy/{name}/{arm}"] = percent(stream(key, arm, "accuracy"), hits)
-        if arm == "zero":
-            continue
-        metrics[f"gain/{name}/{arm}"] = points(stream(key, arm, "gain"), hits, zero)
-        if all(arm in one["margins"] for one in runs):
-            metrics[f"margin_gain/{name}/{arm}"] = _difference(
-                stream(key, arm, "margin"), stacked("margins", arm), stacked("margins", "zero"), "nats"
-            )
-    metrics[f"mass_gain/{name}/chosen"] = _difference(
-        stream(key, "mass"), stacked("masses", "chosen"), stacked("masses", "zero"), "probability"
-    )
-    for arm in ("zero", "chosen"):
-        metrics[f"mass/{name}/{arm}"] = per_seed(stacked("masses", arm).mean(1), "probability")
-        if all("auroc" in one for one in runs):
-            metrics[f"auroc/{name}/{arm}"] = per_seed([one["auroc"][arm] for one in runs], "")
-    chosen = stacked("hits", "chosen").mean(1)
-    best = np.asarray([one["random_hits"].max() for one in runs])
-    metrics[f"over_random/{name}"] = per_seed(100 * (chosen - best), "points")
-    margin = stacked("margins", "chosen").mean(1) - [one["random_margins"].max() for one in runs]
-    metrics[f"margin_over_random/{name}"] = per_seed(margin, "nats")
-    if "incorrect" in arms:
-        metrics[f"correct_over_incorrect/{name}"] = points(
-            stream(key, "incorrect"), stacked("hits", "contrast"), stacked("hits", "incorrect")
-        )
-    if all(one["control"] for one in runs):
-        for part in runs[0]["control"]:
-            unit = "" if part == "rank" else "nats"
-            metrics[f"control/{name}/{part}"] = per_seed([one["control"][part] for one in runs], unit)
-    kl = np.stack([one["curves"]["kl"] for one in runs])
-    alphas = np.asarray(config.alphas)
-    metrics[f"kl_zero/{name}"] = per_seed(np.abs(kl[:, alphas == 0]).max(1), "nats")
-    metrics[f"kl_rank/{name}"] = Metric(value=float(spearman(np.abs(alphas), kl.mean(0))), n=len(runs))
-    for part in ("alpha", "layer"):
-        metrics[f"choice/{name}/{part}"] = per_seed([one["choice"][part] for one in runs], "")
-    metrics[f"choice/{name}/type"] = per_seed(
-        [lab.TYPES.index(one["choice"]["type"]) for one in runs], "0 R, 1 R-C, 2 PCA-C"
-    )
-    metrics[f"cosine/{name}"] = per_seed([one["cosine"].mean() for one in runs], "")
-    for family in runs[0].get("families", {}):
-        before, after = (np.concatenate([one["families"][family][i] for one in runs]) for i in (0, 1))
-        metrics[f"family/{family}"] = points(stream(key, family), after[None], before[None])
-        metrics[f"family_zero/{family}"] = percent(stream(key, family, "zero"), before[None])
-    return metrics
-
-
-def _difference(key: jax.Array, a: np.ndarray, b: np.ndarray, unit: str) -> Metric:
-    mean, low, high = map(float, paired_bootstrap(key, a, b))
-    return Metric(value=mean, ci95=(low, high), n=a.shape[1], unit=unit, per_seed=tuple((a - b).mean(1)))

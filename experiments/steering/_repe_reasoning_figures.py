@@ -12,7 +12,7 @@ from mechlab.reporting.canvas import PALETTE, canvas, house_style, label_axes, l
 from mechlab.reporting.figures import curve_band, heat_map
 
 ALPHA = "strength α of the vector"
-LABELS = {"reading": "R", "contrast": "R-C", "pca_contrast": "PCA-C"}
+LENGTHS = {"reading": "R", "contrast": "R-C, PCA-C (equally long)"}
 
 
 def all_figures(alphas: Sequence[float], curves: Mapping[str, Mapping[str, Any]]) -> dict[str, Figure]:
@@ -21,15 +21,9 @@ def all_figures(alphas: Sequence[float], curves: Mapping[str, Mapping[str, Any]]
     for task, found in curves.items():
         runs = found["runs"]
         stacked = {name: np.stack([run["curves"][name] for run in runs]) for name in runs[0]["curves"]}
-        figures[f"accuracy_{task}"] = curve_band(
-            alphas,
-            {
-                "chosen vector": 100 * stacked["accuracy"],
-                "random vectors": 100 * stacked["random"].reshape(-1, len(alphas)),
-            },
-            xlabel=ALPHA,
-            ylabel="test accuracy within the list (%)",
-            title=task,
+        offset = 100 * float(np.mean([run["hits"]["offset"].mean() for run in runs]))
+        figures[f"accuracy_{task}"] = accuracy(
+            alphas, 100 * stacked["accuracy"], 100 * stacked["random"].reshape(-1, len(alphas)), offset, task
         )
         figures[f"mass_{task}"] = masses(alphas, stacked["correct"].mean(0), stacked["incorrect"].mean(0), task)
         figures[f"heat_{task}"] = heat_map(
@@ -42,11 +36,29 @@ def all_figures(alphas: Sequence[float], curves: Mapping[str, Mapping[str, Any]]
             column_labels=[f"{alpha:g}" for alpha in alphas],
             annotate=len(alphas) <= 12,
         )
-        norms = {label: np.stack([run["norms"][kind] for run in runs]) for kind, label in LABELS.items()}
-        figures[f"norms_{task}"] = curve_band(
+        norms = {label: np.stack([run["norms"][kind] for run in runs]) for kind, label in LENGTHS.items()}
+        figure = curve_band(
             np.arange(len(norms["R"][0])), norms, xlabel="layer", ylabel="length of the vector", title=task
         )
+        figure.axes[0].set_xticks(np.arange(len(norms["R"][0])))
+        figures[f"norms_{task}"] = figure
     return figures
+
+
+@house_style
+def accuracy(alphas: Sequence[float], chosen: np.ndarray, random: np.ndarray, offset: float, task: str) -> Figure:
+    """The paper's figure: test accuracy (S, A) of the chosen vector, in %, with the band of random vectors (R, A)."""
+    figure, axes = canvas(title=task)
+    label_axes(axes, xlabel=ALPHA, ylabel="test accuracy within the list (%)")
+    axes.fill_between(alphas, random.min(0), random.max(0), color="0.6", alpha=0.3, linewidth=0, label="random vectors")
+    axes.plot(alphas, random.mean(0), color="0.4", linestyle=":")
+    axes.plot(alphas, chosen.mean(0), color=PALETTE[0], label="chosen vector")
+    axes.plot(alphas, chosen.T, color=PALETTE[0], alpha=0.3, linewidth=1)
+    axes.axhline(offset, color=PALETTE[1], linestyle="--", label="offsets alone")
+    axes.margins(x=0.02)
+    legend(axes)
+    note(figure, "thick: mean over seeds; thin: one seed; dotted, band: mean and range of random vectors")
+    return figure
 
 
 @house_style

@@ -210,7 +210,11 @@ def one_seed(
     found: dict[str, Any] = {
         "hits": {arm: hits[at] for arm, at in cells.items()},
         "margins": {arm: margins[at] for arm, at in cells.items()},
-        "choice": {"type": chosen, "layer": subject.layers[cells["chosen"][1]], "alpha": alphas[cells["chosen"][2]]},
+        "choice": {
+            "type": chosen,
+            "layer": subject.layers[cells["chosen"][1]],
+            "alpha": float(alphas[cells["chosen"][2]]),
+        },
         "random_margins": np.asarray([random_margins[at].mean() for at in random_cells.values()]),
         "random_hits": np.asarray([random_hits[at].mean() for at in random_cells.values()]),
     }
@@ -249,7 +253,7 @@ def one_seed(
     v = vectors[chosen]
     row = int(np.flatnonzero(found["hits"]["chosen"] != found["hits"]["zero"])[:1].sum())
     prompt, before, after = lab.continuation(
-        subject, seed, grid.test, row, v, found["choice"]["layer"], float(found["choice"]["alpha"])
+        subject, seed, grid.test, row, v, found["choice"]["layer"], found["choice"]["alpha"]
     )
     log.say(f"{name}, seed {seed}: {found['choice']}\n  {prompt}\n  alpha 0: {before}\n  steered: {after}")
     return found
@@ -329,10 +333,8 @@ def families(
     outcome = {}
     for length, distractors in (("", level // 2), ("L", level)):
         items = subject.tasks["ioi"].draw(stream(key, "family" + length), config.test, "test", distractors)
-        alphas = [0.0, float(found["choice"]["alpha"])]
-        logits = repe.alpha_sweep(
-            subject.model, subject.params[seed], items.texts, v, int(found["choice"]["layer"]), alphas
-        )
+        alphas = [0.0, found["choice"]["alpha"]]
+        logits = repe.alpha_sweep(subject.model, subject.params[seed], items.texts, v, found["choice"]["layer"], alphas)
         hits = lab.scores(logits, items)[0]
         for family, order in (("A", 0), ("B", 1)):
             rows = np.asarray(items.right) == order

@@ -236,7 +236,7 @@ def measure(
         subject.params[seed],
         jnp.stack(list(vectors.values())),
         both,
-        layers=subject.layers,
+        layers=np.asarray(subject.layers),
         strengths=np.asarray(config.alphas),
     )
     return Grid(list(vectors), dev, test, logits[..., : config.dev, :], logits[..., config.dev :, :])

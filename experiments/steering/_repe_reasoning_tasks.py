@@ -107,7 +107,9 @@ def story_task(kind: str, vocabulary: Any) -> Task:
     def draw(key: jax.Array, n: int, pool: str, level: int) -> Items:
         part = slice(4 * POOLS.index(pool), 4 * POOLS.index(pool) + 4)
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        rows, answers, right = [], [], rng.integers(0, 2, n)
+        rows: list[list[int]] = []
+        answers: list[list[int]] = []
+        right = rng.integers(0, 2, n)
         for which in right:
             if kind == "mood":
                 name, event = rng.choice(NAMES), rng.choice((HAPPY, SAD)[which][part])

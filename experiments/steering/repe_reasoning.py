@@ -307,7 +307,7 @@ def control(
         subject.model,
         subject.params[seed],
         vectors[grid.names[s]][None],
-        [subject.layers[k]],
+        np.asarray([subject.layers[k]]),
         grid.test.texts,
         grid.test.answers,
         grid.test.right,
@@ -333,7 +333,7 @@ def families(
     outcome = {}
     for length, distractors in (("", level // 2), ("L", level)):
         items = subject.tasks["ioi"].draw(stream(key, "family" + length), config.test, "test", distractors)
-        alphas = [0.0, found["choice"]["alpha"]]
+        alphas = np.asarray([0.0, found["choice"]["alpha"]])
         logits = repe.alpha_sweep(subject.model, subject.params[seed], items.texts, v, found["choice"]["layer"], alphas)
         hits = lab.scores(logits, items)[0]
         for family, order in (("A", 0), ("B", 1)):

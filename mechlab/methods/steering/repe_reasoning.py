@@ -193,9 +193,9 @@ def alpha_sweep(
     Raises:
       ValueError: as ``control_edits``.
     """
-    return dose_grid(model, params, jnp.asarray(v)[None], texts, layers=[layer], strengths=alphas, renorm=normalize)[
-        0, 0
-    ]
+    one = jnp.asarray(v)[None]
+    layers = np.asarray([layer])
+    return dose_grid(model, params, one, texts, layers=layers, strengths=alphas, renorm=normalize)[0, 0]
 
 
 def margin_slopes(

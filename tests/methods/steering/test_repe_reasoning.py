@@ -122,14 +122,14 @@ def test_metrics_are_the_official_ones():
     np.testing.assert_array_equal(repe.logit_accuracy(mod, ids, y), best == y)
 
 
-@given(st.integers(0, 1000), st.integers(2, 40), st.floats(0.01, 20))
-def test_bounds_of_divergence_and_entropy(seed, size, scale):
-    rng = np.random.default_rng(seed)
-    ref, mod = scale * rng.normal(size=(2, size)).astype(np.float32)
-    assert repe.kl_divergence(ref, mod) >= -1e-6 * size
+@given(st.integers(0, 1000), st.floats(0.01, 20))
+def test_bounds_of_divergence_and_entropy(seed, scale):
+    # One size: a new shape would compile anew.
+    ref, mod = scale * np.random.default_rng(seed).normal(size=(2, 13)).astype(np.float32)
+    assert repe.kl_divergence(ref, mod) >= -1e-6
     assert repe.kl_divergence(ref, ref) == 0
-    assert repe.entropy_bits(mod) <= np.log2(size) + 1e-4
-    np.testing.assert_allclose(repe.entropy_bits(np.full(size, scale)), np.log2(size), rtol=1e-4)
+    assert repe.entropy_bits(mod) <= np.log2(13) + 1e-4
+    np.testing.assert_allclose(repe.entropy_bits(np.full(13, scale, np.float32)), np.log2(13), rtol=1e-4)
 
 
 def test_they_go_through_transformations():

@@ -281,11 +281,11 @@ def examiner(lab: Lab) -> Callable[[Trained], dict[str, np.ndarray]]:
       rightly) and, of the first ``config.attacked``, ``attacked`` (right under attack), bool; and what ``watch`` gives
       over all of them.
     """
-    config, test = lab.config, lab.test
-    hit = {name: x[: config.attacked] for name, x in test.items()}
+    config = lab.config
 
-    def one(cell: Any) -> dict[str, jax.Array]:
+    def one(cell: Any, test: dict[str, jax.Array]) -> dict[str, jax.Array]:
         params, eps, key = cell
+        hit = {name: x[: config.attacked] for name, x in test.items()}
         fixed = fix(params["net"], params["running"])
         worst = pgd(
             key,
@@ -306,16 +306,17 @@ def examiner(lab: Lab) -> Callable[[Trained], dict[str, np.ndarray]]:
     radii, seeds = len(config.eps), config.seeds
     # Every radius and seed has its own attack, the same for all arms.
     by_radius = jax.vmap(lambda radius: jax.vmap(lambda key: stream(key, "attack", radius))(lab.keys))
-    each_eps = jnp.repeat(jnp.asarray(config.eps), seeds)
 
+    # One network after another: all at once would hold every network's activations of the whole test set. The images
+    # are an argument, because XLA spends seconds on folding such large constants.
     @jax.jit
-    def all_cells(params: Any, keys: jax.Array) -> dict[str, jax.Array]:
-        # One network after another: all at once would hold every network's activations of the whole test set.
-        return jax.lax.map(one, (params, each_eps, keys))
+    def all_cells(cells: Any, test: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return jax.lax.map(lambda cell: one(cell, test), cells)
 
     def examine(trained: Trained) -> dict[str, np.ndarray]:
         flat = jax.tree.map(lambda x: x.reshape(radii * seeds, *x.shape[2:]), trained.params)
-        found = all_cells(flat, by_radius(jnp.arange(radii)).reshape(-1))
+        keys = by_radius(jnp.arange(radii)).reshape(-1)
+        found = all_cells((flat, jnp.repeat(jnp.asarray(config.eps), seeds), keys), lab.test)
         return {name: np.asarray(x).reshape(radii, seeds, *x.shape[1:]) for name, x in found.items()}
 
     return examine

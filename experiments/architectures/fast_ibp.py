@@ -1,6 +1,6 @@
 """Fast certified training with a short warm-up (arXiv 2103.17268): do initialisation, batch norm and regularisers help?
 
-    python -m experiments run fast_ibp                  # about 4 minutes on two cores
+    python -m experiments run fast_ibp                  # the preset cpu
     python -m experiments run fast_ibp --preset smoke   # scikit-learn's digits, seconds
 
 Classifiers of digits are trained on interval bounds: some natural epochs, a short ramp of ε, some epochs at full ε.

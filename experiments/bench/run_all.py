@@ -1,7 +1,8 @@
 """``python -m experiments bench all``: every device check and benchmark, one process each, within a time limit each.
 
 On an accelerator the limits add up to less than nine minutes. A benchmark that fails or runs out of time is reported as
-such and does not stop the others. Peers in other interpreters (``bench patching``, ``ibp``, ``adapters``) are left out.
+such and does not stop the others. Peers in other interpreters (of ``bench patching``, ``ibp``, ``adapters`` and
+``steering``) are left out.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from mechlab.reporting.results import write_json
 
 LIMITS: dict[str, int] = {
     "device": 125,
-    "core": 155,
+    "core": 145,
     "training": 80,
     "patching": 80,
-    "patching_maps": 30,
+    "patching_maps": 20,
     "rational": 30,
     "ibp": 25,
     "adapters": 10,
+    "steering": 24,
 }
-"""Seconds for each benchmark, in the order in which they run; 535 in all."""
+"""Seconds for each benchmark, in the order in which they run; 539 in all."""
 
 ON_CPU: dict[str, int] = {
     "device": 150,
@@ -40,6 +42,7 @@ ON_CPU: dict[str, int] = {
     "rational": 120,
     "ibp": 240,
     "adapters": 240,
+    "steering": 240,
 }
 """The same for the preset "cpu"."""
 

@@ -67,7 +67,7 @@ def sweep(
     if len(sizes) != 1 or sizes == {()} or sizes == {(0,)}:
         raise ValueError(f"sweep: cells must share one leading axis of at least one cell, got leading axes {sizes}.")
     (total,) = next(iter(sizes))
-    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cells)
+    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.result_type(x)), cells)
     if batch is None:
         batch = max(1, int(memory // max(1, peak_bytes(function, one_cell, *shared))))
     if batch < 1:

@@ -71,6 +71,12 @@ def test_leading_axes_are_seeds():
     assert margins.list_correct(both, pairs[0][1], jnp.stack(apart)).shape == (2, 30)
 
 
+def test_a_constant_right_answer_is_checked_under_jit():
+    scores, right = example(5)
+    wanted = margins.log_odds(scores, right)
+    np.testing.assert_allclose(jax.jit(lambda s: margins.log_odds(s, right))(scores), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="the same token twice"):
         margins.candidate_scores(jnp.zeros((2, 4)), jnp.asarray([[1, 1], [0, 2]]))

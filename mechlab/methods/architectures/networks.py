@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mechlab.analysis.linalg import reduced_qr
 from mechlab.core.rng import stream
 from mechlab.methods.architectures.piecewise import (
     BatchNorm,
@@ -123,7 +124,15 @@ def kaiming_init(key: jax.Array, net: Network) -> Network:
 
 def orthogonal_init(key: jax.Array, net: Network) -> Network:
     """Orthogonal initialisation of every kernel but the classifier's, as a matrix (inputs, outputs)."""
-    return _redrawn(key, net, jax.nn.initializers.orthogonal())
+
+    def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        q, r = reduced_qr(jax.random.normal(key, (max(rows, columns), min(rows, columns))))
+        # With these signs q is drawn evenly from all orthogonal matrices (arXiv math-ph/0609050).
+        q = q * jnp.sign(jnp.diagonal(r))
+        return (q if rows >= columns else q.T).reshape(shape)
+
+    return _redrawn(key, net, draw)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

@@ -161,7 +161,7 @@ def sweep_cells(
       start: the first position carried.
     """
     (total,) = {len(leaf) for leaf in jax.tree.leaves(cells)}
-    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cells)
+    one_cell = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.result_type(x)), cells)
     one = jax.eval_shape(lambda cell: patched(0, cell, start), one_cell)
     if batch is None:
         batch = max(1, MEMORY // (one.shape[0] * _cell_bytes(run, one, answers)))

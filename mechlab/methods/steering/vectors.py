@@ -12,6 +12,7 @@ A vector belongs to the model whose activations it was read from: the card that 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +25,7 @@ from flax import struct
 from mechlab.analysis.directions import mean_difference, pca_direction
 from mechlab.core.edits import Add, AddRenormed, at
 from mechlab.core.model import Model, Variables
-from mechlab.core.sweeps import grid, sweep
+from mechlab.core.sweeps import GIB, peak_bytes
 from mechlab.models.generate import TextTokenizer
 from mechlab.models.transformer import run_layers, unembed
 from mechlab.training.checkpoints import load_edits, save_edits
@@ -256,7 +257,7 @@ def random_vectors(key: jax.Array, vector: SteeringVector, n: int) -> SteeringVe
 def dose_grid(
     model: Model,
     params: Any,
-    vectors: Float[Array, "S L D"],
+    vectors: Float[ArrayLike, "S L D"],
     texts: Texts,
     *,
     layers: Int[ArrayLike, " K"],
@@ -264,7 +265,7 @@ def dose_grid(
     renorm: bool = False,
     tokens: Int[ArrayLike, "... C"] | None = None,
     batch: int | None = None,
-) -> Float[np.ndarray, "S K A N C"]:
+) -> Float[Array, "S K A N C"]:
     """Logits after the last token for every vector, layer and strength, in one compiled program.
 
     The residual stream up to the steered layer does not depend on the cell: it is computed once, and each cell runs
@@ -279,45 +280,75 @@ def dose_grid(
       strengths: (A,).
       renorm: as in ``steer``.
       tokens: (C,) or (N, C), whose logits are kept; all V by default.
-      batch: cells per chunk; by default as many as fit in 2 GiB.
+      batch: cells of one layer at once; by default as many as fit in 2 GiB.
 
     Returns:
-      (S, K, A, N, C) float32, on the host.
+      (S, K, A, N, C) float32.
 
     Raises:
-      ValueError: vectors that do not fit, layers out of range, strengths that are not finite.
+      ValueError: vectors that do not fit, layers out of range, strengths that are not finite, or ``batch`` < 1.
     """
     config = model.module.config
-    vectors, layers, strengths = jnp.asarray(vectors), np.asarray(layers), np.asarray(strengths, np.float32)
-    if vectors.ndim != 3 or vectors.shape[1:] != (config.layers, config.width):
-        raise ValueError(f"vectors: wanted (S, {config.layers}, {config.width}), got {vectors.shape}.")
-    if layers.ndim != 1 or not layers.size or layers.min() < 0 or layers.max() >= config.layers:
+    if np.ndim(vectors) != 3 or np.shape(vectors)[1:] != (config.layers, config.width):
+        raise ValueError(f"vectors: wanted (S, {config.layers}, {config.width}), got {np.shape(vectors)}.")
+    known = np.asarray(layers)
+    if known.ndim != 1 or not known.size or known.min() < 0 or known.max() >= config.layers:
         raise ValueError(f"layers: wanted a list of 0..{config.layers - 1}, got {layers}.")
-    if strengths.ndim != 1 or not strengths.size or not np.isfinite(strengths).all():
+    doses = np.asarray(strengths, np.float32)
+    if doses.ndim != 1 or not doses.size or not np.isfinite(doses).all():
         raise ValueError(f"strengths: wanted finite numbers, got {strengths}.")
+    if batch is not None and batch < 1:
+        raise ValueError(f"dose_grid: batch must be at least 1, got {batch}.")
     kept = None if tokens is None else jnp.broadcast_to(jnp.asarray(tokens), (len(texts.tokens), np.shape(tokens)[-1]))
+    return _dose_grid(
+        model, params, jnp.asarray(vectors), texts, jnp.asarray(known), jnp.asarray(doses), kept, renorm, batch
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "renorm", "batch"))
+def _dose_grid(
+    model: Model,
+    params: Any,
+    vectors: jax.Array,
+    texts: Texts,
+    layers: jax.Array,
+    strengths: jax.Array,
+    kept: jax.Array | None,
+    renorm: bool,
+    batch: int | None,
+) -> jax.Array:
+    variables = {"params": params}
     last = texts.lengths - 1
     at_tokens = jnp.arange(texts.tokens.shape[1])
     positions = jnp.where(at_tokens < texts.lengths[:, None], at_tokens, -1)
-    capture = jax.jit(lambda params: model.capture({"params": params}, texts.tokens, positions, sites=(SITE,))[1][SITE])
-    clean = capture(params)
+    clean = model.capture(variables, texts.tokens, positions, sites=(SITE,))[1][SITE]
 
-    def cell(index: Any, params: Any, clean: jax.Array, vectors: jax.Array) -> jax.Array:
-        edit: Any = (AddRenormed if renorm else Add)(index["strength"] * vectors[index["vector"], index["layer"]])
-        resid = run_layers(
-            model,
-            {"params": params},
-            edit(clean[index["layer"]].astype(jnp.float32), None).astype(clean.dtype),
-            index["layer"] + 1,
-            positions,
-        )
+    def cell(vector: jax.Array, strength: jax.Array, layer: jax.Array) -> jax.Array:
+        edit: Any = (AddRenormed if renorm else Add)(strength * vector[layer])
+        steered = edit(clean[layer].astype(jnp.float32), None).astype(clean.dtype)
+        resid = run_layers(model, variables, steered, layer + 1, positions)
         read = jnp.take_along_axis(resid, last[:, None, None], axis=1)
-        logits = unembed(model, {"params": params}, read, last[:, None])[:, 0]
+        logits = unembed(model, variables, read, last[:, None])[:, 0]
         return logits if kept is None else jnp.take_along_axis(logits, kept, -1)
 
-    cells = grid(vector=jnp.arange(len(vectors)), layer=jnp.asarray(layers), strength=jnp.asarray(strengths))
-    found = sweep(cell, cells, params, clean, vectors, batch=batch)
-    return np.asarray(found).reshape(len(vectors), layers.size, strengths.size, *found.shape[1:])
+    total = len(vectors) * len(strengths)
+    one = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (vectors, strengths, layers))
+    chunk = batch or max(1, int(2 * GIB // peak_bytes(cell, *one)))
+    chunks = -(-total // min(chunk, total))
+    # Chunks of one size; what is left over in the last repeats its last cell.
+    index = jnp.minimum(jnp.arange(chunks * -(-total // chunks)), total - 1).reshape(chunks, -1)
+
+    def of_layer(layer: jax.Array) -> jax.Array:
+        # One layer at a time, because cells that start together run no layer for each other's sake.
+        def together(cells: jax.Array) -> jax.Array:
+            v, a = jnp.divmod(cells, len(strengths))
+            return jax.vmap(cell, (0, 0, None))(vectors[v], strengths[a], layer)
+
+        found = jax.lax.map(together, index)
+        return found.reshape(-1, *found.shape[2:])[:total]
+
+    found = jax.lax.map(of_layer, layers)
+    return found.reshape(len(layers), len(vectors), len(strengths), *found.shape[2:]).swapaxes(0, 1)
 
 
 def save_vector(

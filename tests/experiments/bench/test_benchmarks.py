@@ -65,6 +65,14 @@ def test_ibp_takes_the_steps_that_pytorch_takes(tmp_path, monkeypatch):
             assert apart < 1e-5 * found["largest margin"]
 
 
+def test_steering_gives_what_edited_forwards_and_pytorch_give(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    found = run("steering", tmp_path)["grid"]
+    assert found["cells"] == 6
+    assert found["largest effect"] > 0.1
+    assert max(found["largest difference"].values()) < 1e-4 * found["largest effect"] + 1e-4
+
+
 def test_interpreters_without_a_peer_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
     with running(tmp_path / "no_script.py", ("no_such_package",), tmp_path) as peers:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mechlab.kernels.rational import Choice, api, choose, gpu, rational, tpu
+from tests.kernels.devices import DEVICES
 
 X, A, B = jnp.ones((3, 64)), jnp.ones((1, 6)), jnp.ones((2, 4))
 
@@ -88,7 +89,8 @@ def test_on_an_accelerator_its_kernel_is_chosen_and_a_program_for_the_cpu_still_
 
     for got, wanted in zip(*(jax.grad(loss, (0, 1, 2))(X, A, B, impl) for impl in ("auto", "jnp")), strict=True):
         np.testing.assert_array_equal(got, wanted)
-    lowered = jax.jit(lambda *p: loss(*p, "auto")).trace(X, A, B).lower(lowering_platforms=(api.KERNELS[platform],))
+    with jax.sharding.use_abstract_mesh(DEVICES[platform]):
+        lowered = jax.jit(lambda *p: loss(*p, "auto")).trace(X, A, B).lower(lowering_platforms=(api.KERNELS[platform],))
     assert {"tpu": "tpu_custom_call", "gpu": "triton"}[platform] in lowered.as_text()
 
 

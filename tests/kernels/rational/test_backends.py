@@ -17,6 +17,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mechlab.kernels.rational import gpu, rational, reference, tpu
+from tests.kernels.devices import DEVICES
 
 KERNELS = {"tpu": tpu, "gpu": gpu}
 SHAPES = {
@@ -107,16 +108,18 @@ def test_gradients_are_summed_over_devices(impl):
 def test_kernels_lower_for_their_platform_without_it(impl, platform, call, sizes, step):
     x, a, b, upstream = jax.eval_shape(lambda: draw(*sizes[:3], dtype=sizes[3]))
     arguments = (x, a, b) if step == "forward" else (x, a, b, upstream)
-    lowered = jax.jit(getattr(KERNELS[impl], step)).trace(*arguments).lower(lowering_platforms=(platform,))
+    with jax.sharding.use_abstract_mesh(DEVICES[impl]):
+        lowered = jax.jit(getattr(KERNELS[impl], step)).trace(*arguments).lower(lowering_platforms=(platform,))
     assert call in lowered.as_text()
 
 
 @pytest.mark.parametrize(("impl", "platform"), [("tpu", "tpu"), ("gpu", "cuda")])
 def test_kernels_lower_inside_shard_map(impl, platform):
-    x, a, b, _ = draw(16, 64, 2)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    sharded = jax.shard_map(KERNELS[impl].forward, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P("data"))
-    assert jax.jit(sharded).trace(x, a, b).lower(lowering_platforms=(platform,)).as_text()
+    x, a, b, _ = jax.eval_shape(lambda: draw(16, 64, 2))
+    mesh = DEVICES[impl].update(axis_sizes=(4,), axis_names=("data",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(KERNELS[impl].forward, in_specs=(P("data"), P(), P()), out_specs=P("data"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert jax.jit(sharded).trace(x, a, b).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_blocks_fit_the_budget_whatever_the_width():

@@ -8,7 +8,6 @@ PyTorch's running average, and the network's own optimiser does not see them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -343,11 +342,7 @@ def initial_ratios(lab: Lab) -> dict[str, np.ndarray]:
         boxes = relu_boxes(fixed, propagate(fixed, box).entering)
         return jnp.stack([each.radius.mean() for each in boxes]) / box.radius.mean()
 
-    # A program for each: one for all never ended on two cores (jax 0.10), where XLA's CPU runtime runs orthogonal
-    # decompositions beside each other.
-    return {
-        f"{name}_bn" if norm else name: np.asarray(
-            jax.jit(jax.vmap(functools.partial(ratios, name=name, batch_norm=norm)))(lab.keys)
-        )
-        for name, norm in cells
-    }
+    def of_seed(key: jax.Array) -> dict[str, jax.Array]:
+        return {f"{name}_bn" if norm else name: ratios(key, name, norm) for name, norm in cells}
+
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(of_seed))(lab.keys))

@@ -5,11 +5,12 @@
 
 The model is a random Llama, exported so that peft adapts the same weights in the same process order on the same cores.
 A step is: forward, cross-entropy of every token, gradient of the adapter, AdamW. Ours merges the adapter into the
-weights in every step; peft's LoRA does not, its block methods do. Every start but LoRA's and DoRA's random A is
-determined, so there the losses of all steps are compared, here that of the first.
+weights in every step or, where it is a product A B, leaves it beside them as peft does; peft's block methods merge.
+Every start but LoRA's and DoRA's random A is determined, so there the losses of all steps are compared, here that of
+the first.
 
-Serving: one text for each of 16 LoRAs. Ours as one program mapped over adapters, or as 16 calls; peft as one mixed
-batch, or as 16 calls that switch adapters. Factors are the same, and so must the logits be.
+Serving: one text for each of 16 LoRAs, merged or beside the weights. Ours as one program mapped over adapters, or as 16
+calls; peft as one mixed batch, or as 16 calls that switch adapters. Factors are the same, and so must the logits be.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from mechlab.reporting.results import write_json
 PATTERN = "**/attn/[qkvo]/kernel|**/mlp/*/kernel"
 RATE = 1e-3
 PEERS = ("peft",)
+Build = Callable[[Any, AdapterState], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,11 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
         with running(Path(__file__).with_name("_adapters_peers.py"), PEERS, folder) as peers:
             record: dict[str, Any] = {"size": dataclasses.asdict(size), "machine": machine(peers), "steps": {}}
             for label, adapter in adapters.items():
-                record["steps"][label] = _steps(model, params, adapter, tokens[: size.batch], size, peers, label)
+                builds = {label: adapter.merge}
+                if label in ("lora", "pissa", "olora"):
+                    builds[f"{label}, beside"] = lora.beside
+                steps = _steps(model, params, adapter, builds, tokens[: size.batch], size, peers, label)
+                record["steps"] |= steps
                 # What was measured survives if a later part is stopped.
                 write_json(out / "adapters.json", record)
             record["serving"] = _serving(model, params, many, tokens[: size.served], size, peers)
@@ -137,64 +143,80 @@ def _random_loras(key: jax.Array, params: Any, size: Size) -> AdapterState:
 
 
 def _steps(
-    model: Model, params: Any, adapter: Adapter, tokens: jax.Array, size: Size, peers: dict[str, Peer], label: str
+    model: Model,
+    params: Any,
+    adapter: Adapter,
+    builds: dict[str, Build],
+    tokens: jax.Array,
+    size: Size,
+    peers: dict[str, Peer],
+    label: str,
 ) -> dict[str, Any]:
-    optimiser = optax.adamw(RATE, weight_decay=0.0)
-    start = adapter.init(jax.random.key(0), params)
+    """One record for each way in which the adapter changes the parameters."""
+    start, optimiser = adapter.init(jax.random.key(0), params), optax.adamw(RATE, weight_decay=0.0)
 
-    def loss(train: Any, fixed: Any, params: Any) -> jax.Array:
-        logits = model.apply({"params": adapter.merge(params, AdapterState(train, fixed))}, tokens)
-        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+    def compiled(build: Build) -> Any:
+        def loss(train: Any, fixed: Any, params: Any) -> jax.Array:
+            logits = model.apply({"params": build(params, AdapterState(train, fixed))}, tokens)
+            return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
-    def step(train: Any, state: Any, fixed: Any, params: Any) -> Any:
-        value, gradient = jax.value_and_grad(loss)(train, fixed, params)
-        updates, state = optimiser.update(gradient, state, train)
-        return optax.apply_updates(train, updates), state, value
+        def step(train: Any, state: Any, fixed: Any, params: Any) -> Any:
+            value, gradient = jax.value_and_grad(loss)(train, fixed, params)
+            updates, state = optimiser.update(gradient, state, train)
+            return optax.apply_updates(train, updates), state, value
 
-    compiled = jax.jit(step).lower(start.train, optimiser.init(start.train), start.fixed, params).compile()
-    memory: Any = compiled.memory_analysis()
+        return jax.jit(step).lower(start.train, optimiser.init(start.train), start.fixed, params).compile()
 
-    def ours(steps: int) -> tuple[float, list[float]]:
+    programs = {name: compiled(build) for name, build in builds.items()}
+
+    def ours(name: str) -> tuple[float, list[float]]:
         train, state, losses = start.train, optimiser.init(start.train), []
         before = time.perf_counter()
-        for _ in range(steps):
-            train, state, value = compiled(train, state, start.fixed, params)
+        for _ in range(size.steps):
+            train, state, value = programs[name](train, state, start.fixed, params)
             losses.append(value)
         jax.block_until_ready(train)
-        return (time.perf_counter() - before) / steps, [float(value) for value in losses]
+        return (time.perf_counter() - before) / size.steps, [float(value) for value in losses]
 
-    losses = ours(size.steps)[1]
+    losses = {name: ours(name)[1] for name in programs}
     replies = {name: peer.ask(f"step/{label}", [size.steps]) for name, peer in peers.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*programs, *peers)}
     for _ in range(size.repeats):
-        seconds["ours"].append(ours(size.steps)[0])
+        for name in programs:
+            seconds[name].append(ours(name)[0])
         for name, peer in peers.items():
             seconds[name].append(peer.ask(f"step/{label}", [size.steps])["seconds"] / size.steps)
+    of_peers = {name: seconds[name] for name in peers}
     return {
-        "trained numbers": select.count(start.train),
-        "seconds per step": seconds,
-        "over ours": {name: ratio(seconds[name], seconds["ours"]) for name in peers},
-        "temporaries of our program (bytes)": int(memory.temp_size_in_bytes),
-        "kept for the backward pass (bytes)": {name: reply["bytes"] for name, reply in replies.items()},
-        "losses": {"ours": losses, **{name: reply["values"] for name, reply in replies.items()}},
+        way: {
+            "trained numbers": select.count(start.train),
+            "seconds per step": {"ours": seconds[way], **of_peers},
+            "over ours": {name: ratio(seconds[name], seconds[way]) for name in peers},
+            "temporaries of our program (bytes)": int(program.memory_analysis().temp_size_in_bytes),
+            "kept for the backward pass (bytes)": {name: reply["bytes"] for name, reply in replies.items()},
+            "losses": {"ours": losses[way], **{name: reply["values"] for name, reply in replies.items()}},
+        }
+        for way, program in programs.items()
     }
 
 
 def _serving(
     model: Model, params: Any, many: AdapterState, tokens: jax.Array, size: Size, peers: dict[str, Peer]
 ) -> dict[str, Any]:
-    adapter = lora.lora(size.block // 2, pattern=PATTERN)
-
-    def one(state: AdapterState, text: jax.Array, params: Any) -> jax.Array:
-        return model.apply({"params": adapter.merge(params, state)}, text[None])[0, -1]
-
-    mapped, single = jax.jit(jax.vmap(one, (0, 0, None))), jax.jit(one)
     states = [jax.tree.map(lambda leaf, i=i: leaf[i], many) for i in range(size.served)]
 
-    def calls() -> Any:
-        return jnp.stack([single(state, text, params) for state, text in zip(states, tokens, strict=True)])
+    def ways_of(build: Build) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        def one(state: AdapterState, text: jax.Array, params: Any) -> jax.Array:
+            return model.apply({"params": build(params, state)}, text[None])[0, -1]
 
-    ways: dict[str, Callable[[], Any]] = {"one program": lambda: mapped(many, tokens, params), "calls": calls}
+        mapped, single = jax.jit(jax.vmap(one, (0, 0, None))), jax.jit(one)
+        return lambda: mapped(many, tokens, params), lambda: jnp.stack(
+            [single(state, text, params) for state, text in zip(states, tokens, strict=True)]
+        )
+
+    ways: dict[str, Callable[[], Any]] = {}
+    ways["one program"], ways["calls"] = ways_of(lora.beside)
+    ways["one program, merged"], ways["calls, merged"] = ways_of(lora.lora(size.block // 2, pattern=PATTERN).merge)
     logits = {name: np.asarray(run()) for name, run in ways.items()}
     for name, peer in peers.items():
         for way in ("mixed", "calls"):

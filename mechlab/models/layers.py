@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mechlab.core.quantised import QTensor, as_array
+from mechlab.core.kernel_forms import LowRank, QTensor, as_array
 from mechlab.core.sites import in_use, site
 
 MASKED = -1e30
@@ -27,19 +27,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 NORMS = ("layer", "rms", "rms_plus_one")
 
 
-def linear(x: jax.Array, kernel: jax.Array | QTensor, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array | QTensor | LowRank, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
     """``x @ kernel + bias`` in x's dtype.
 
     Args:
       x: ``(..., *in)``.
-      kernel: ``(*in, *out)``, with ``inputs`` input axes; an array or quantised.
+      kernel: ``(*in, *out)``, with ``inputs`` input axes; an array, or in a form of ``core/kernel_forms.py``.
       bias: ``(*out,)`` or None.
       inputs: number of input axes.
 
     Returns:
       ``(..., *out)``.
     """
-    y = jnp.tensordot(x, as_array(kernel, x.dtype), axes=inputs)
+    if isinstance(kernel, LowRank):
+        low = jnp.tensordot(x, kernel.a.astype(x.dtype), axes=inputs)
+        y = linear(x, kernel.kernel, None, inputs) + jnp.tensordot(low, kernel.b.astype(x.dtype), axes=1)
+    else:
+        y = jnp.tensordot(x, as_array(kernel, x.dtype), axes=inputs)
     return y if bias is None else y + bias.astype(x.dtype)
 
 
@@ -58,10 +62,10 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - self.inputs :], *self.out)
         std = math.prod(shape[: self.inputs]) ** -0.5 if self.init_std is None else self.init_std
-        # Flax compares the parameter's leaves with those of its initialiser; a quantised kernel has others.
+        # Flax compares the parameter's leaves with those of its initialiser; a kernel in another form has others.
         given: Any = self.get_variable("params", "kernel")
-        quantised = isinstance(given, QTensor)
-        kernel = given if quantised else self.param("kernel", nn.initializers.normal(std), shape)
+        other = isinstance(given, QTensor | LowRank)
+        kernel = given if other else self.param("kernel", nn.initializers.normal(std), shape)
         bias = self.param("bias", nn.initializers.zeros, self.out) if self.use_bias else None
         return linear(x, kernel, bias, self.inputs)
 

@@ -29,7 +29,7 @@ import optax
 from mechlab.analysis.linalg import randomised_svd, reduced_qr, truncated_svd
 from mechlab.core.rng import stream
 from mechlab.core.transforms import Adapter, AdapterState, Params
-from mechlab.methods.adaptation.matrices import add_to_matrices, get_matrices, put_matrices
+from mechlab.methods.adaptation.matrices import add_to_matrices, get_matrices, put_beside, put_matrices
 
 Initialiser = Callable[[jax.Array, tuple[int, ...], int], jax.Array]
 
@@ -200,6 +200,37 @@ def lora_ga(
         return c * u[..., :rank], c * v[..., rank:, :]
 
     return _informed("lora_ga", rank, pattern, scale, factors)
+
+
+def beside(params: Params, state: AdapterState, *, scale: float = 1.0) -> Params:
+    """Parameters that act as the merged ones, with A and B left beside W: x W + s (x A) B.
+
+    Saves the gradient by W, which training through ``merge`` computes to get those of A and B; and one program mapped
+    over many adapters reads W once. DoRA rescales the sum and has no such form.
+
+    Args:
+      params: the base.
+      state: of ``lora``, ``pissa``, ``olora`` or ``lora_ga``; where A0 B0 is taken off, the rank beside W is 2 r.
+      scale: s of the adapter: alpha / r, 1 by default there; alpha / sqrt(r) in ``lora_ga``.
+
+    Returns:
+      A tree with ``LowRank`` in the place of every adapted kernel.
+
+    Raises:
+      ValueError: a state with other leaves than A and B.
+      KeyError: a path that the parameters do not have.
+    """
+    factors = {}
+    for path, ab in state.train.items():
+        if set(ab) != {"A", "B"}:
+            raise ValueError(f'beside: wanted A and B for "{path}", got {", ".join(sorted(ab))}.')
+        reads, writes = ab["A"], scale * ab["B"]
+        if state.fixed:
+            start = state.fixed[path]
+            reads = jnp.concatenate([reads, start["A"]], -1)
+            writes = jnp.concatenate([writes, -scale * start["B"]], -2)
+        factors[path] = reads, writes
+    return put_beside(params, factors)
 
 
 def loraplus(

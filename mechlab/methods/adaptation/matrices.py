@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from mechlab.core import select
+from mechlab.core.kernel_forms import LowRank
 
 Params = Any
 
@@ -54,6 +55,30 @@ def add_to_matrices(params: Params, changes: dict[str, jax.Array]) -> Params:
     return put_matrices(params, {path: kernels[path] + change for path, change in changes.items()})
 
 
+def put_beside(params: Params, factors: dict[str, tuple[jax.Array, jax.Array]]) -> Params:
+    """A copy of the parameters in which these kernels have a change A (..., in, r), B (..., r, out) beside them.
+
+    Raises:
+      KeyError: for a path that the parameters do not have.
+    """
+
+    def place(path: str, kernel: jax.Array) -> LowRank:
+        a, b = factors[path]
+        stacked, inputs = a.ndim - 2, _inputs(path, kernel)
+        into, out = kernel.shape[stacked : stacked + inputs], kernel.shape[stacked + inputs :]
+        return LowRank(
+            kernel, a.reshape(*kernel.shape[:stacked], *into, -1), b.reshape(*kernel.shape[:stacked], -1, *out)
+        )
+
+    for path in factors:
+        params = select.map_at(params, path, functools.partial(place, path))
+    return params
+
+
+def _inputs(path: str, kernel: jax.Array) -> int:
+    return 2 if kernel.ndim == 4 and path.endswith("o/kernel") else 1
+
+
 def _matrices(path: str, kernel: jax.Array) -> jax.Array:
     if kernel.ndim in (2, 3):
         return kernel
@@ -62,5 +87,4 @@ def _matrices(path: str, kernel: jax.Array) -> jax.Array:
             f'"{path}" must be a kernel (in, out) or (L, in, out), or of attention (L, D, H, K) or (L, H, K, D), '
             f"got shape {kernel.shape}."
         )
-    inputs = 2 if path.endswith("o/kernel") else 1
-    return jax.vmap(functools.partial(select.as_matrix, inputs=inputs))(kernel)
+    return jax.vmap(functools.partial(select.as_matrix, inputs=_inputs(path, kernel)))(kernel)

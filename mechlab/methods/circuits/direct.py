@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mechlab.core.kernel_forms import as_array
 from mechlab.core.model import Model
-from mechlab.core.quantised import as_array
 from mechlab.methods.circuits.reading import Read, at_read
 
 if TYPE_CHECKING:

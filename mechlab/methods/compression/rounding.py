@@ -10,7 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mechlab.core.quantised import QTensor
+from mechlab.core.kernel_forms import QTensor
 from mechlab.core.select import as_matrix
 
 

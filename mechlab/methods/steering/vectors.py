@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -288,6 +288,48 @@ def dose_grid(
     Raises:
       ValueError: vectors that do not fit, layers out of range, strengths that are not finite, or ``batch`` < 1.
     """
+    known, doses, kept = _checked(model, vectors, texts, layers, strengths, tokens)
+    if batch is not None and batch < 1:
+        raise ValueError(f"dose_grid: batch must be at least 1, got {batch}.")
+    return _dose_grid(model, params, jnp.asarray(vectors), texts, known, doses, kept, renorm, batch)
+
+
+def dose_cells(
+    model: Model,
+    params: Any,
+    vectors: Float[ArrayLike, "S L D"],
+    texts: Texts,
+    *,
+    layers: Int[ArrayLike, " S"],
+    strengths: Float[ArrayLike, " S"],
+    renorm: bool = False,
+    tokens: Int[ArrayLike, "... C"] | None = None,
+) -> Float[Array, "S N C"]:
+    """Some cells of a grid: vector s at its own layer and strength, as chosen on other texts.
+
+    Args:
+      model, params, vectors, texts, renorm, tokens: as in ``dose_grid``.
+      layers, strengths: (S,), those of each vector.
+
+    Returns:
+      (S, N, C) float32.
+
+    Raises:
+      ValueError: as ``dose_grid``, or numbers of vectors, layers and strengths that differ.
+    """
+    known, doses, kept = _checked(model, vectors, texts, layers, strengths, tokens)
+    if not len(known) == len(doses) == len(np.asarray(vectors)):
+        raise ValueError(
+            f"dose_cells: wanted one layer and strength a vector, got {len(np.asarray(vectors))} vectors, "
+            f"{len(known)} layers and {len(doses)} strengths."
+        )
+    return _dose_cells(model, params, jnp.asarray(vectors), texts, known, doses, kept, renorm)
+
+
+def _checked(
+    model: Model, vectors: Any, texts: Texts, layers: Any, strengths: Any, tokens: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Layers, strengths, and tokens (N, C) whose logits are kept, if what is asked for makes sense."""
     config = model.module.config
     if np.ndim(vectors) != 3 or np.shape(vectors)[1:] != (config.layers, config.width):
         raise ValueError(f"vectors: wanted (S, {config.layers}, {config.width}), got {np.shape(vectors)}.")
@@ -297,26 +339,15 @@ def dose_grid(
     doses = np.asarray(strengths, np.float32)
     if doses.ndim != 1 or not doses.size or not np.isfinite(doses).all():
         raise ValueError(f"strengths: wanted finite numbers, got {strengths}.")
-    if batch is not None and batch < 1:
-        raise ValueError(f"dose_grid: batch must be at least 1, got {batch}.")
     kept = None if tokens is None else jnp.broadcast_to(jnp.asarray(tokens), (len(texts.tokens), np.shape(tokens)[-1]))
-    return _dose_grid(
-        model, params, jnp.asarray(vectors), texts, jnp.asarray(known), jnp.asarray(doses), kept, renorm, batch
-    )
+    return jnp.asarray(known), jnp.asarray(doses), kept
 
 
-@functools.partial(jax.jit, static_argnames=("model", "renorm", "batch"))
-def _dose_grid(
-    model: Model,
-    params: Any,
-    vectors: jax.Array,
-    texts: Texts,
-    layers: jax.Array,
-    strengths: jax.Array,
-    kept: jax.Array | None,
-    renorm: bool,
-    batch: int | None,
-) -> jax.Array:
+_Cell = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def _cell(model: Model, params: Any, texts: Texts, kept: jax.Array | None, renorm: bool) -> _Cell:
+    """Logits (N, C) of (vector (L, D), strength, layer), from an unsteered run that all cells share."""
     variables = {"params": params}
     last = texts.lengths - 1
     at_tokens = jnp.arange(texts.tokens.shape[1])
@@ -331,6 +362,37 @@ def _dose_grid(
         logits = unembed(model, variables, read, last[:, None])[:, 0]
         return logits if kept is None else jnp.take_along_axis(logits, kept, -1)
 
+    return cell
+
+
+@functools.partial(jax.jit, static_argnames=("model", "renorm"))
+def _dose_cells(
+    model: Model,
+    params: Any,
+    vectors: jax.Array,
+    texts: Texts,
+    layers: jax.Array,
+    strengths: jax.Array,
+    kept: jax.Array | None,
+    renorm: bool,
+) -> jax.Array:
+    cell = _cell(model, params, texts, kept, renorm)
+    return jax.lax.map(lambda one: cell(*one), (vectors, strengths, layers))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "renorm", "batch"))
+def _dose_grid(
+    model: Model,
+    params: Any,
+    vectors: jax.Array,
+    texts: Texts,
+    layers: jax.Array,
+    strengths: jax.Array,
+    kept: jax.Array | None,
+    renorm: bool,
+    batch: int | None,
+) -> jax.Array:
+    cell = _cell(model, params, texts, kept, renorm)
     total = len(vectors) * len(strengths)
     one = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (vectors, strengths, layers))
     chunk = batch or max(1, int(2 * GIB // peak_bytes(cell, *one)))

@@ -9,8 +9,10 @@ import optax
 import pytest
 
 from mechlab.core import select
+from mechlab.core.kernel_forms import as_array
 from mechlab.core.transforms import AdapterState, on_state
 from mechlab.methods.adaptation.lora import (
+    beside,
     dora,
     lora,
     lora_ga,
@@ -21,6 +23,7 @@ from mechlab.methods.adaptation.lora import (
     uniform_init,
 )
 from mechlab.models.mlp import MLPConfig, mlp
+from mechlab.models.transformer import llama, transformer
 
 
 @pytest.fixture
@@ -252,3 +255,59 @@ def test_variants_refuse_what_they_cannot_start_from():
         loraplus(0.1, ratio=0.0)
     with pytest.raises(ValueError, match='"kernel" has an output whose weights are all zero'):
         dora(1).init(key, {"kernel": jnp.zeros((3, 3))})
+
+
+DECODER = transformer(llama(vocabulary=11, layers=2, width=8, heads=2, hidden=12, context=8))
+EVERY_KERNEL = "blocks/attn/[qkvo]/kernel|blocks/mlp/*/kernel"
+
+
+@pytest.mark.parametrize("make", [lora, pissa, olora])
+def test_beside_acts_as_merged_in_value_and_gradient(make):
+    params, tokens = DECODER.init(jax.random.key(0)), jnp.asarray([[1, 5, 2, 7]])
+    adapter = make(2, pattern=EVERY_KERNEL, alpha=6.0)
+    state = adapter.init(jax.random.key(1), params)
+    train = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state.train)
+
+    def loss(train, build):
+        return jnp.square(DECODER.apply({"params": build(params, AdapterState(train, state.fixed))}, tokens)).mean()
+
+    def unmerged(params, state):
+        return beside(params, state, scale=3.0)
+
+    merged, apart = (jax.jit(jax.value_and_grad(lambda x, f=f: loss(x, f)))(train) for f in (adapter.merge, unmerged))
+    assert abs(float(loss(state.train, unmerged)) - float(apart[0])) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), apart, merged)
+
+
+def test_one_program_serves_many_adapters_beside_one_base():
+    params = DECODER.init(jax.random.key(0))
+    adapter, tokens = lora(2, pattern=EVERY_KERNEL), jnp.asarray([[1, 5, 2], [3, 3, 9]])
+
+    def trained(key):
+        train = adapter.init(key, params).train
+        return AdapterState({path: ab | {"B": jax.random.normal(key, ab["B"].shape)} for path, ab in train.items()})
+
+    many = jax.vmap(trained)(jax.random.split(jax.random.key(1), 2))
+    served = jax.vmap(lambda state, text: DECODER.apply({"params": beside(params, state)}, text[None])[0])(many, tokens)
+    for i in range(2):
+        merged = adapter.merge(params, jax.tree.map(lambda leaf, i=i: leaf[i], many))
+        np.testing.assert_allclose(served[i], DECODER.apply({"params": merged}, tokens[i][None])[0], atol=1e-5)
+    assert float(jnp.abs(served[0] - served[1]).max()) > 1e-2
+
+
+def test_beside_refuses_what_has_no_such_form(params):
+    adapter = dora(2)
+    with pytest.raises(ValueError, match="got A, B, m"):
+        beside(params, adapter.init(jax.random.key(0), params))
+    with pytest.raises(KeyError, match="nowhere"):
+        beside(params, AdapterState({"nowhere/kernel": {"A": jnp.ones((6, 1)), "B": jnp.ones((1, 8))}}))
+
+
+def test_analysis_that_needs_a_kernel_refuses_one_with_a_change_beside_it(params):
+    path, kernel = next(iter(select.get(params, "**/kernel").items()))
+    state = AdapterState({path: {"A": jnp.ones((kernel.shape[0], 1)), "B": jnp.ones((1, kernel.shape[1]))}})
+    low = beside(params, state)
+    for key in path.split("/"):
+        low = low[key]
+    with pytest.raises(TypeError, match="merge the adapter"):
+        as_array(low, jnp.float32)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechlab.core import select
-from mechlab.core.quantised import QTensor
+from mechlab.core.kernel_forms import QTensor
 from mechlab.methods.circuits.direct import direct_attribution
 from mechlab.methods.circuits.patching import patch_residual
 from mechlab.methods.compression.rounding import round_symmetric

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mechlab.methods.steering import vectors
-from mechlab.methods.steering.vectors import Texts, dose_grid, last_states, steer, steering_vector
+from mechlab.methods.steering.vectors import Texts, dose_cells, dose_grid, last_states, steer, steering_vector
 from mechlab.models.generate import generate
 from mechlab.models.transformer import gpt2, llama, transformer
 
@@ -80,6 +80,16 @@ def test_kept_tokens_are_those_of_the_whole_grid():
     whole = dose_grid(MODEL, PARAMS, vector().values[None], TEXTS, layers=[1], strengths=[0.5])
     some = dose_grid(MODEL, PARAMS, vector().values[None], TEXTS, layers=[1], strengths=[0.5], tokens=[7, 3])
     np.testing.assert_array_equal(some, whole[..., [7, 3]])
+
+
+def test_chosen_cells_are_those_of_the_grid():
+    both = jnp.stack([vector().values, -vector().values])
+    grid = dose_grid(MODEL, PARAMS, both, TEXTS, layers=[0, 2], strengths=[0.5, 2.0], tokens=[7, 3])
+    cells = dose_cells(MODEL, PARAMS, both, TEXTS, layers=[2, 0], strengths=[0.5, 2.0], tokens=[7, 3])
+    np.testing.assert_allclose(cells, np.stack([grid[0, 1, 0], grid[1, 0, 1]]), rtol=1e-5, atol=1e-6)
+    assert float(jnp.abs(grid[0, 1, 0] - grid[0, 0, 0]).max()) > 1e-3
+    with pytest.raises(ValueError, match="one layer and strength a vector"):
+        dose_cells(MODEL, PARAMS, both, TEXTS, layers=[2], strengths=[0.5])
 
 
 def test_strength_zero_is_the_model_and_signs_mirror():

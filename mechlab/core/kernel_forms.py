@@ -1,9 +1,11 @@
-"""Quantised kernels: a pytree that stands in the parameters where a kernel stood; every model runs with it unchanged.
+"""Kernels in another form: a pytree that stands in the parameters where a kernel stood; every model runs with it.
 
     q = QTensor(codes, scales, zeros, shape=(64, 4, 16))      # codes (64, 64): 64 inputs, 4 heads of 16
     kernel = q.dequantise()                                   # (64, 4, 16)
+    kernel = LowRank(q, a, b)                                 # acts as dequantise(q) + a b, which is never made
 
-``models.layers.linear`` takes either. How codes and scales are found is the business of ``methods/compression``.
+``models.layers.linear`` takes them. How codes and scales are found is the business of ``methods/compression``; a and
+b come from ``methods/adaptation``.
 """
 
 from __future__ import annotations
@@ -53,6 +55,29 @@ class QTensor:
         return (centred * spread(self.scales)).reshape(*np.shape(self.codes)[:-2], *self.shape).astype(dtype)
 
 
+@struct.dataclass
+class LowRank:
+    """A kernel and a change of rank r beside it: ``x @ (W + A B)`` computed as ``x @ W + (x @ A) @ B``.
+
+    Under ``vmap`` over A and B alone, W is used once for all of them.
+
+    Attributes:
+      kernel: W, (..., *in, *out) behind any layer axes, or quantised.
+      a: (..., *in, r).
+      b: (..., r, *out).
+    """
+
+    kernel: Float[Array, "... I O"] | QTensor
+    a: Float[Array, "... I R"]
+    b: Float[Array, "... R O"]
+
+
 def as_array(kernel: jax.Array | QTensor, dtype: jnp.dtype | str) -> jax.Array:
-    """A kernel, quantised or not, as an array of this dtype."""
+    """A kernel, quantised or not, as an array of this dtype.
+
+    Raises:
+      TypeError: a ``LowRank``, whose sum nobody should make by accident; ``merge`` of its adapter makes it.
+    """
+    if isinstance(kernel, LowRank):
+        raise TypeError("this needs the kernel itself, got one with a low-rank change beside it: merge the adapter.")
     return kernel.dequantise(dtype) if isinstance(kernel, QTensor) else kernel.astype(dtype)

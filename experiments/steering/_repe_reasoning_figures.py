@@ -25,7 +25,9 @@ def all_figures(alphas: Sequence[float], curves: Mapping[str, Mapping[str, Any]]
         figures[f"accuracy_{task}"] = accuracy(
             alphas, 100 * stacked["accuracy"], 100 * stacked["random"].reshape(-1, len(alphas)), offset, task
         )
-        figures[f"mass_{task}"] = masses(alphas, stacked["correct"].mean(0), stacked["incorrect"].mean(0), task)
+        figures[f"mass_{task}"] = masses(
+            alphas, stacked["correct"].mean((0, 2)), stacked["incorrect"].mean((0, 2)), task
+        )
         figures[f"heat_{task}"] = heat_map(
             100 * stacked["dev"].mean(0),
             xlabel=ALPHA,

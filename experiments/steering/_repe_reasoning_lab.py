@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,14 @@ from mechlab.core.rng import stream, streams
 from mechlab.data.sources import MissingData
 from mechlab.data.worlds import reasoning
 from mechlab.methods.steering import repe_reasoning as repe
-from mechlab.methods.steering.vectors import SteeringVector, Texts, dose_grid, last_states, random_vectors
+from mechlab.methods.steering.vectors import (
+    SteeringVector,
+    Texts,
+    dose_cells,
+    dose_grid,
+    last_states,
+    random_vectors,
+)
 from mechlab.models.generate import generate
 from mechlab.models.subjects import load_stories260k, load_tales
 from mechlab.models.transformer import llama, transformer
@@ -72,13 +80,21 @@ class Reading(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Logits (S, K, A, N, V) of dev and of test items for every vector by name, every layer and alpha."""
+    """Every vector by name, every layer and alpha, on N items: logits (S, K, A, N, C) of their answer lists."""
 
     names: list[str]
-    dev: Items
-    test: Items
-    dev_logits: np.ndarray
-    test_logits: np.ndarray
+    items: Items
+    listed: np.ndarray
+
+    @property
+    def hits(self) -> np.ndarray:
+        """(S, K, A, N) whether each item is right within its list."""
+        return np.asarray(list_correct(self.listed, self.items.right))
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(S, K, A, N) log-odds margin of the right answer, nats."""
+        return np.asarray(log_odds(self.listed, self.items.right))
 
 
 def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
@@ -224,33 +240,47 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
     return Reading(found, np.asarray(repe.component_cosine(*kept)), int(hits.sum()))
 
 
-def measure(
-    key: jax.Array, subject: Subject, seed: int, task: Task, level: int, vectors: dict[str, jax.Array], config: Any
+def on_grid(
+    subject: Subject,
+    seed: int,
+    items: Items,
+    vectors: dict[str, jax.Array],
+    layers: Sequence[int],
+    alphas: Sequence[float],
 ) -> Grid:
-    """Every vector at every layer and alpha, on dev and test items; the same items for the same key."""
-    dev = task.draw(stream(key, "dev"), config.dev, "dev", level)
-    test = task.draw(stream(key, "test"), config.test, "test", level)
-    both: Texts = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), dev.texts, test.texts)
-    logits = dose_grid(
+    """Every vector at every layer and alpha."""
+    found = dose_grid(
         subject.model,
         subject.params[seed],
         jnp.stack(list(vectors.values())),
-        both,
-        layers=np.asarray(subject.layers),
-        strengths=np.asarray(config.alphas),
+        items.texts,
+        layers=np.asarray(layers),
+        strengths=np.asarray(alphas),
+        tokens=items.answers,
     )
-    return Grid(list(vectors), dev, test, logits[..., : config.dev, :], logits[..., config.dev :, :])
+    return Grid(list(vectors), items, np.asarray(found))
+
+
+def on_cells(
+    subject: Subject, seed: int, items: Items, cells: dict[str, tuple[jax.Array, int, float]]
+) -> dict[str, jax.Array]:
+    """Logits (N, C) of the answer lists for each arm's own vector, layer and alpha."""
+    vectors, layers, alphas = zip(*cells.values(), strict=True)
+    found = dose_cells(
+        subject.model,
+        subject.params[seed],
+        jnp.stack(vectors),
+        items.texts,
+        layers=np.asarray(layers),
+        strengths=np.asarray(alphas),
+        tokens=items.answers,
+    )
+    return dict(zip(cells, found, strict=True))
 
 
 def random_like(key: jax.Array, v: jax.Array, n: int) -> dict[str, jax.Array]:
     """Random vectors (L, D) of the length of ``v`` in every layer, by name."""
     return {f"random {i}": x for i, x in enumerate(random_vectors(key, SteeringVector(v), n).values)}
-
-
-def scores(logits: np.ndarray, items: Items) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each item is right within its list, and the log-odds margin of the right answer, (..., N) each."""
-    listed = candidate_scores(jnp.asarray(logits), items.answers)
-    return np.asarray(list_correct(listed, items.right)), np.asarray(log_odds(listed, items.right))
 
 
 def ask_with_example(

@@ -16,10 +16,10 @@ The paper's gains are on Pythia and Mistral and are not quoted. Ours are on docs
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.steering import _repe_reasoning_figures as draw
@@ -147,7 +147,7 @@ PRESETS: dict[str, Config] = {
 def run(key: jax.Array, config: Config, log: Log) -> Result:
     """The whole experiment: subjects, levels, vectors, grids, what is chosen, claims and figures."""
     metrics: dict[str, Metric] = {}
-    curves: dict[str, dict[str, Any]] = {}
+    drawn: dict[str, dict[str, Any]] = {}
     boot = stream(key, "bootstrap")
     for subject in lab.make_subjects(key, config, log).values():
         levels = {}
@@ -177,8 +177,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
                 }
         for name, of_seeds in runs.items():
             metrics |= summarise(stream(boot, name), name, of_seeds, config.alphas)
-            curves[name] = {"runs": of_seeds, "layers": subject.layers}
-    figures = draw.all_figures(config.alphas, curves)
+            drawn[name] = {"runs": of_seeds, "layers": subject.layers}
+    figures = draw.all_figures(config.alphas, drawn)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
 
 
@@ -192,98 +192,103 @@ def one_seed(
     config: Config,
     log: Log,
 ) -> dict[str, Any]:
-    """Grid, dev choices and test outcomes of one task and seed: hits, margins, masses (N,) by arm, and curves (A,)."""
+    """Choices on dev and outcomes on test of one task and seed: hits, margins, masses (N,) by arm, and curves (A,)."""
     task = subject.tasks[name]
-    grid = lab.measure(key, subject, seed, task, level, vectors, config)
-    alphas = np.asarray(config.alphas)
-    zero, moved = int((alphas == 0).argmax()), np.flatnonzero(alphas != 0)
-    dev_hits, dev_margins = lab.scores(grid.dev_logits, grid.dev)
-    hits, margins = lab.scores(grid.test_logits, grid.test)
-    cells = best_cells(grid, dev_hits, dev_margins, moved)
-    chosen = max(lab.TYPES, key=lambda arm: worth(dev_hits, dev_margins)[cells[arm]])
-    cells |= {"zero": (0, 0, zero), "chosen": cells[chosen]}
-    randoms = lab.random_like(stream(key, "random"), vectors[chosen], config.randoms)
-    random_grid = lab.measure(key, subject, seed, task, level, randoms, config)
-    random_hits, random_margins = lab.scores(random_grid.test_logits, grid.test)
-    random_cells = best_cells(random_grid, *lab.scores(random_grid.dev_logits, grid.dev), moved)
+    dev = task.draw(stream(key, "dev"), config.dev, "dev", level)
+    test = task.draw(stream(key, "test"), config.test, "test", level)
+    grid = lab.on_grid(subject, seed, dev, vectors, subject.layers, config.alphas)
+    places, worths = best_places(grid, config.alphas, subject.layers)
+    chosen = max(lab.TYPES, key=lambda kind: worths[kind])
+    v, (layer, alpha) = vectors[chosen], places[chosen]
+    randoms = lab.random_like(stream(key, "random"), v, config.randoms)
+    on_dev = lab.on_grid(subject, seed, dev, randoms, subject.layers, config.alphas)
+    random_places, _ = best_places(on_dev, config.alphas, subject.layers)
+
+    cells = {arm: (vectors[arm], *place) for arm, place in places.items()}
+    cells |= {"zero": (v, layer, 0.0), "chosen": cells[chosen]}
+    cells |= {arm: (randoms[arm], *place) for arm, place in random_places.items()}
+    listed = lab.on_cells(subject, seed, test, cells)
+    hits = {arm: np.asarray(list_correct(x, test.right)) for arm, x in listed.items()}
+    margins = {arm: np.asarray(log_odds(x, test.right)) for arm, x in listed.items()}
+    offsets = tune_offsets(grid.listed[0, 0, config.alphas.index(0.0)], dev.right)
+    hits["offset"] = np.asarray(list_correct(listed["zero"], test.right, offsets))
+    margins["offset"] = np.asarray(log_odds(listed["zero"] + offsets, test.right))
+    if config.extras:
+        with_example = lab.ask_with_example(stream(key, "examples"), subject, seed, task, level, test)
+        hits |= {} if with_example is None else {"few_shot": with_example}
 
     found: dict[str, Any] = {
-        "hits": {arm: hits[at] for arm, at in cells.items()},
-        "margins": {arm: margins[at] for arm, at in cells.items()},
-        "choice": {
-            "type": chosen,
-            "layer": subject.layers[cells["chosen"][1]],
-            "alpha": float(alphas[cells["chosen"][2]]),
-        },
-        "random_margins": np.asarray([random_margins[at].mean() for at in random_cells.values()]),
-        "random_hits": np.asarray([random_hits[at].mean() for at in random_cells.values()]),
+        "hits": {arm: x for arm, x in hits.items() if arm not in randoms},
+        "margins": {arm: x for arm, x in margins.items() if arm not in randoms},
+        "choice": {"type": chosen, "layer": layer, "alpha": alpha},
+        "random_hits": np.asarray([hits[arm].mean() for arm in randoms]),
+        "random_margins": np.asarray([margins[arm].mean() for arm in randoms]),
+        "control": control(subject, seed, test, grid, vectors, chosen, randoms, config),
     }
-    listed = [candidate_scores(jnp.asarray(x[0, 0, zero]), i.answers) for x, i in
-              ((grid.dev_logits, grid.dev), (grid.test_logits, grid.test))]  # fmt: skip
-    offsets = tune_offsets(listed[0], grid.dev.right)
-    found["hits"]["offset"] = np.asarray(list_correct(listed[1], grid.test.right, offsets))
-    found["margins"]["offset"] = np.asarray(log_odds(listed[1] + offsets, grid.test.right))
-    at = cells["chosen"]
-    logits = jnp.asarray(grid.test_logits[at[0], at[1]])
-    correct, wrong = repe.answer_mass(logits, grid.test.answers, grid.test.gold)
-    found["masses"] = {"zero": np.asarray(correct[zero]), "chosen": np.asarray(correct[at[2]])}
-    kl = np.asarray(repe.kl_divergence(logits[zero], logits))
-    found["curves"] = {
-        "accuracy": hits[at[0], at[1]].mean(-1),
-        "random": random_hits[:, at[1]].mean(-1),
-        "margin": margins[at[0], at[1]].mean(-1),
-        "kl": kl.mean(-1),
-        "kl_sd": kl.std(-1),
-        "entropy": np.asarray(repe.entropy_bits(logits)).mean(-1),
-        "correct": np.asarray(correct).mean(-1),
-        "incorrect": np.asarray(wrong).mean(-1),
-        "dev": dev_hits[at[0]].mean(-1),
-    }
-    if len(np.unique(grid.test.right)) == 2:
-        pair = [candidate_scores(logits[i], grid.test.answers)[:, :2] for i in (zero, at[2])]
-        first = np.asarray(grid.test.right) == 0
-        found["auroc"] = {
-            n: float(auroc(x[:, 0] - x[:, 1], first)) for n, x in zip(("zero", "chosen"), pair, strict=True)
-        }
-    found["control"] = control(grid, subject, seed, chosen, vectors, dev_margins, margins, random_margins, config)
-    if config.extras:
-        found["hits"]["few_shot"] = lab.ask_with_example(stream(key, "examples"), subject, seed, task, level, grid.test)
-        if name == "ioi":
-            found["families"] = families(stream(key, "families"), subject, seed, level, vectors[chosen], found, config)
-    v = vectors[chosen]
-    row = int(np.flatnonzero(found["hits"]["chosen"] != found["hits"]["zero"])[:1].sum())
-    prompt, before, after = lab.continuation(
-        subject, seed, grid.test, row, v, found["choice"]["layer"], found["choice"]["alpha"]
-    )
+    found["curves"] = curves(subject, seed, test, v, layer, randoms, config)
+    found["curves"]["dev"] = grid.hits[grid.names.index(chosen)].mean(-1)
+    at_zero, at_alpha = config.alphas.index(0.0), config.alphas.index(alpha)
+    found["masses"] = {arm: found["curves"]["correct"][i] for arm, i in (("zero", at_zero), ("chosen", at_alpha))}
+    if len(np.unique(test.right)) == 2:
+        first = np.asarray(test.right) == 0
+        found["auroc"] = {arm: float(auroc(listed[arm][:, 0] - listed[arm][:, 1], first)) for arm in ("zero", "chosen")}
+    if config.extras and name == "ioi":
+        found["families"] = families(stream(key, "families"), subject, seed, level, v, found, config)
+    changed = np.flatnonzero(hits["chosen"] != hits["zero"])
+    prompt, before, after = lab.continuation(subject, seed, test, int(changed[:1].sum()), v, layer, alpha)
     log.say(f"{name}, seed {seed}: {found['choice']}\n  {prompt}\n  alpha 0: {before}\n  steered: {after}")
     return found
 
 
-def worth(hits: np.ndarray, margins: np.ndarray) -> np.ndarray:
-    """What a cell is chosen by, (..., N) to (...): accuracy; the mean margin decides between equal ones."""
-    return hits.mean(-1) + 1e-3 * np.tanh(margins.mean(-1))
-
-
-def best_cells(
-    grid: lab.Grid, hits: np.ndarray, margins: np.ndarray, moved: np.ndarray
-) -> dict[str, tuple[int, int, int]]:
-    """The best (vector, layer, alpha) of every vector on dev, alpha among the places ``moved``."""
-    cells = {}
-    for s, of_vector in enumerate(worth(hits, margins)[..., moved]):
+def best_places(
+    grid: lab.Grid, alphas: Sequence[float], layers: Sequence[int]
+) -> tuple[dict[str, tuple[int, float]], dict[str, float]]:
+    """The best (layer, alpha not 0) of every vector on dev, and its worth: accuracy, ties by the margin."""
+    moved = np.flatnonzero(np.asarray(alphas) != 0)
+    worth = (grid.hits.mean(-1) + 1e-3 * np.tanh(grid.margins.mean(-1)))[..., moved]
+    places, worths = {}, {}
+    for name, of_vector in zip(grid.names, worth, strict=True):
         k, a = np.unravel_index(of_vector.argmax(), of_vector.shape)
-        cells[grid.names[s]] = s, int(k), int(moved[a])
-    return cells
+        places[name] = layers[k], alphas[moved[a]]
+        worths[name] = float(of_vector[k, a])
+    return places, worths
+
+
+def curves(
+    subject: lab.Subject,
+    seed: int,
+    test: lab.Items,
+    v: jax.Array,
+    layer: int,
+    randoms: dict[str, jax.Array],
+    config: Config,
+) -> dict[str, np.ndarray]:
+    """What alpha does to test items in the chosen layer, (A,); the probability mass by item, (A, N)."""
+    band = lab.on_grid(subject, seed, test, {"chosen": v} | randoms, [layer], config.alphas)
+    accuracy, margin = band.hits[:, 0].mean(-1), band.margins[:, 0].mean(-1)
+    logits = repe.alpha_sweep(subject.model, subject.params[seed], test.texts, v, layer, np.asarray(config.alphas))
+    correct, wrong = repe.answer_mass(logits, test.answers, test.gold)
+    kl = np.asarray(repe.kl_divergence(logits[config.alphas.index(0.0)], logits))
+    return {
+        "accuracy": accuracy[0],
+        "random": accuracy[1:],
+        "margin": margin[0],
+        "kl": kl.mean(-1),
+        "kl_sd": kl.std(-1),
+        "entropy": np.asarray(repe.entropy_bits(logits)).mean(-1),
+        "correct": np.asarray(correct),
+        "incorrect": np.asarray(wrong),
+    }
 
 
 def control(
-    grid: lab.Grid,
     subject: lab.Subject,
     seed: int,
-    chosen: str,
+    test: lab.Items,
+    grid: lab.Grid,
     vectors: dict[str, jax.Array],
-    dev_margins: np.ndarray,
-    margins: np.ndarray,
-    random_margins: np.ndarray,
+    chosen: str,
+    randoms: dict[str, jax.Array],
     config: Config,
 ) -> dict[str, float] | None:
     """How the margin follows alpha in [-0.5, 0.5], for the type and layer that move it most on dev.
@@ -291,35 +296,32 @@ def control(
     None where the grid of alphas is too coarse. The random vectors have the length of the type that was chosen: R's, or
     that of R-C and PCA-C, which are equally long; so only types of this length are looked at.
     """
-    alphas = np.asarray(config.alphas)
-    places = {round(float(alpha), 3): i for i, alpha in enumerate(alphas)}
-    if not config.extras or not {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(places):
+    if not config.extras or not {-0.5, -0.1, 0.0, 0.1, 0.5} <= set(config.alphas):
         return None
-    low, high = places[-0.5], places[0.5]
-    types = [grid.names.index(kind) for kind in lab.TYPES if (kind == "reading") == (chosen == "reading")]
-    moves = dev_margins[types].mean(-1)
-    s, k = np.unravel_index(np.abs(moves[..., high] - moves[..., low]).argmax(), moves.shape[:2])
-    s = types[s]
-    means = margins.mean(-1)
-    curve = means[s, k]
-    randoms = random_margins.mean(-1)[:, k]
+    inside = [alpha for alpha in config.alphas if abs(alpha) <= 0.5]
+    kinds = [kind for kind in lab.TYPES if (kind == "reading") == (chosen == "reading")]
+    moves = grid.margins[[grid.names.index(kind) for kind in kinds]].mean(-1)
+    moved = np.abs(moves[..., config.alphas.index(0.5)] - moves[..., config.alphas.index(-0.5)])
+    s, k = np.unravel_index(moved.argmax(), moved.shape)
+    v, layer = vectors[kinds[s]], subject.layers[k]
+    means = lab.on_grid(subject, seed, test, {"": v} | randoms, [layer], inside).margins[:, 0].mean(-1)
     _, slope = repe.margin_slopes(
         subject.model,
         subject.params[seed],
-        vectors[grid.names[s]][None],
-        np.asarray([subject.layers[k]]),
-        grid.test.texts,
-        grid.test.answers,
-        grid.test.right,
+        v[None],
+        np.asarray([layer]),
+        test.texts,
+        test.answers,
+        test.right,
     )
-    inside = slice(low, high + 1)
+    zero = means[0, inside.index(0.0)]
     return {
-        "rank": float(spearman(alphas[inside], curve[inside])),
-        "up": float(curve[places[0.1]] - curve[places[0.0]]),
-        "down": float(curve[places[-0.1]] - curve[places[0.0]]),
+        "rank": float(spearman(np.asarray(inside), means[0])),
+        "up": float(means[0, inside.index(0.1)] - zero),
+        "down": float(means[0, inside.index(-0.1)] - zero),
         "slope": float(slope.mean()),
-        "moved": float(abs(curve[high] - curve[low])),
-        "random_moved": float(np.abs(randoms[:, high] - randoms[:, low]).max()),
+        "moved": float(abs(means[0, -1] - means[0, 0])),
+        "random_moved": float(np.abs(means[1:, -1] - means[1:, 0]).max()),
     }
 
 
@@ -335,7 +337,7 @@ def families(
         items = subject.tasks["ioi"].draw(stream(key, "family" + length), config.test, "test", distractors)
         alphas = np.asarray([0.0, found["choice"]["alpha"]])
         logits = repe.alpha_sweep(subject.model, subject.params[seed], items.texts, v, found["choice"]["layer"], alphas)
-        hits = lab.scores(logits, items)[0]
+        hits = np.asarray(list_correct(candidate_scores(logits, items.answers), items.right))
         for family, order in (("A", 0), ("B", 1)):
             rows = np.asarray(items.right) == order
             outcome[family + length] = hits[0, rows], hits[1, rows]

@@ -166,6 +166,8 @@ def control_edits(
     Raises:
       ValueError: a vector of another shape, a layer out of range, or an alpha that is not finite.
     """
+    if not isinstance(layer, jax.core.Tracer) and np.min(layer) < 0:
+        raise ValueError(f"control_edits: layers count from 0, got {layer}.")
     vector = SteeringVector(jnp.asarray(v), SITE, describe(model))
     return steer(model, vector, layer=layer, strength=alpha, renorm=normalize)
 

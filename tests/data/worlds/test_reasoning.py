@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from mechlab.data.worlds.reasoning import coin, event_count, tokenizer
+from mechlab.data.worlds import reasoning
+from mechlab.data.worlds.reasoning import arith, coin, deduce, event_count, question_tokenizer, tokenizer
 
 WORLDS = {"coin": coin, "event_count": event_count}
 
@@ -76,3 +77,56 @@ def test_the_same_key_gives_the_same_problems_and_answers_are_balanced() -> None
 def test_numbers_out_of_range_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"wanted n|are probabilities"):
         coin(jax.random.key(0), **({"n": 1} | settings))
+
+
+def asked(questions: Any, row: int) -> tuple[list[list[str]], str, str]:
+    """Sentences, the person of the question, and the answer."""
+    words = [question_tokenizer.words[i] for i in np.asarray(questions.tokens[row, : int(questions.lengths[row])])]
+    assert words[0] == "<bos>" and words[-1] == "?" and not np.asarray(questions.tokens[row, len(words) :]).any()
+    *told, question = " ".join(words[1:]).split(" . ")
+    (person,) = [word for word in question.split() if word in reasoning.NAMES]
+    return [line.split() for line in told], person, question_tokenizer.words[questions.answers[row]]
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_deductions_follow_from_facts_and_rules(hops: int) -> None:
+    questions = deduce(jax.random.key(3), 200, hops=hops, pool="dev")
+    sizes = set()
+    for row in range(200):
+        told, person, answer = asked(questions, row)
+        rules = {line[1]: line[4] for line in told if "fears" in line}
+        if hops == 1:
+            animals = reasoning.ANIMALS
+            rules = {kind: animals[(i + 3) % 8] for i, kind in enumerate(animals)}
+        else:
+            assert len(rules) == 4
+        facts = {line[0]: line[3] for line in told if "is" in line}
+        assert rules[facts[person]] == answer
+        assert set(facts) <= set(reasoning.NAMES[8:16])
+        sizes.add(len(facts))
+    assert sizes == {2, 3, 4, 5}
+
+
+def test_sums_follow_from_the_changes_of_the_person_asked_for() -> None:
+    questions = arith(jax.random.key(4), 300, people=(1, 3), pool="test")
+    answers = set()
+    for row in range(300):
+        told, person, answer = asked(questions, row)
+        step = {"has": 1, "gets": 1, "loses": -1}
+        own = [step[verb] * int(number) for name, verb, number in told if name == person]
+        assert len(own) == 3 and sum(own) == int(answer)
+        assert len(told) == 3 * len({line[0] for line in told})
+        answers.add(answer)
+    assert len(answers) >= 9 and set(reasoning.ARITH_ANSWERS.tolist()) >= set(np.unique(questions.answers).tolist())
+
+
+@pytest.mark.parametrize("bad", [{"n": 0}, {"facts": (0, 2)}, {"facts": (2, 9)}, {"hops": 3}, {"pool": "valid"}])
+def test_bad_deductions_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        deduce(jax.random.key(0), **({"n": 1} | bad))
+
+
+@pytest.mark.parametrize("bad", [{"n": 0}, {"people": (3, 2)}, {"people": (1, 5)}, {"changes": 3}, {"pool": "valid"}])
+def test_bad_sums_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="wanted"):
+        arith(jax.random.key(0), **({"n": 1} | bad))

@@ -35,9 +35,9 @@ NOUNS: dict[str, tuple[str, ...]] = {
     "weather": tuple("rain snow fog wind storms frost hail clouds sunshine thunder drizzle heat".split()),
     "sports": tuple("tennis football hockey rugby golf swimming cycling rowing boxing skating cricket chess".split()),
     "music": tuple("piano guitar violin drums flute trumpet harp cello banjo songs choirs opera".split()),
-    "travel": tuple("trains hotels maps tickets planes ferries passports luggage beaches tours cruises hostels".split()),
+    "travel": tuple("trains hotels maps tickets planes ferries passports luggage beaches tours cruises inns".split()),
     "pets": tuple("cats dogs hamsters parrots rabbits goldfish turtles ponies kittens puppies lizards mice".split()),
-    "numbers": tuple("sums squares fractions primes decimals ratios roots powers angles averages zeros halves".split()),
+    "numbers": tuple("sums squares fractions primes decimals ratios roots powers angles means zeros halves".split()),
 }
 TOPICS = tuple(NOUNS)
 
@@ -224,21 +224,21 @@ def is_refusal(answers: Int[Array, "... A"]) -> Array:
 def _written(
     key: jax.Array, topics: jax.Array, pool: str, wrapped: jax.Array, any_wrapped: bool, room: int | None
 ) -> Requests:
-    frame, noun, unknown, other = streams(key, "frame noun unknown other")
+    plain, within, noun, unknown, other = streams(key, "plain within noun unknown other")
     n = len(topics)
     wide = width(any_wrapped)
     if room is not None and room < wide:
         raise ValueError(f"requests: room must be at least {wide}, got {room}.")
 
-    def chosen(which: bool) -> tuple[jax.Array, jax.Array]:
+    def chosen(key: jax.Array, which: bool) -> tuple[jax.Array, jax.Array]:
         frames, lengths = _frames(pool, which)
-        rows = jax.random.randint(frame, (n,), 0, len(lengths))
+        rows = jax.random.randint(key, (n,), 0, len(lengths))
         return jnp.pad(jnp.asarray(frames)[rows], ((0, 0), (0, wide - frames.shape[1]))), jnp.asarray(lengths)[rows]
 
-    tokens, lengths = chosen(False)
+    tokens, lengths = chosen(plain, False)
     if any_wrapped:
-        within, longer = chosen(True)
-        tokens, lengths = jnp.where(wrapped[:, None], within, tokens), jnp.where(wrapped, longer, lengths)
+        around, longer = chosen(within, True)
+        tokens, lengths = jnp.where(wrapped[:, None], around, tokens), jnp.where(wrapped, longer, lengths)
     is_unknown = topics == len(TOPICS)
     safe = jnp.minimum(topics, len(TOPICS) - 1)
     known = jnp.asarray(_TOPIC_NOUNS)[safe, jax.random.randint(noun, (n,), *NOUN_POOLS[pool])]

@@ -182,16 +182,19 @@ def run_lanes(model: Model, params: Any, lanes: Any, panel: Panel) -> Outcome:
     return Outcome(*map(np.asarray, found))
 
 
-def with_base(model: Model, params: Any, panel: Panel, states: np.ndarray) -> Panel:
-    """The panel with states and the decoder's own greedy answers."""
+def with_base(model: Model, params: Any, panel: Panel, states: np.ndarray, lanes: int) -> Panel:
+    """The panel with states and the decoder's own greedy answers.
+
+    They are those of steering by nothing, in as many lanes as the arms will have, which is one program less to compile.
+    """
     config = model.module.config
     blank = panel._replace(
         answers=jnp.zeros((len(panel.target), ANSWER), jnp.int32),
         logits=jnp.zeros((len(panel.target), ANSWER, config.vocabulary)),
     )
     nothing = {
-        "direction": jnp.zeros((1, config.width)),
-        "strengths": jnp.zeros((1, config.layers, len(panel.target))),
+        "direction": jnp.zeros((lanes, config.width)),
+        "strengths": jnp.zeros((lanes, config.layers, len(panel.target))),
     }
     answers = jnp.asarray(run_lanes(model, params, nothing, blank).answers[0])
     logits = along(model, params, panel.tokens, panel.lengths, answers)

@@ -109,7 +109,7 @@ PRESETS: dict[str, Config] = {
     "smoke": Config(
         layers=2,
         width=48,
-        steps=150,
+        steps=300,
         batch=32,
         rate=1e-2,
         seeds=1,
@@ -120,8 +120,8 @@ PRESETS: dict[str, Config] = {
         controller_rate=3e-3,
         end_steps=0,
         direction_layer=1,
-        scales=(0.25, 1.0),
-        dev=16,
+        scales=(0.5,),
+        dev=32,
         test=16,
         ablations=False,
         curves=False,
@@ -215,9 +215,9 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Bench:
     train = {
         kind: x.reshape(config.seeds, config.prompts, *x.shape[1:]) for kind, x in zip(prompts, states, strict=False)
     }
-    dev, test = (
-        lab.with_base(model, params, panel, x) for panel, x in zip(panels, states[len(prompts) :], strict=True)
-    )
+    on_dev, on_test = states[len(prompts) :]
+    dev = lab.with_base(model, params, panels[0], on_dev, config.seeds * len(config.scales))
+    test = lab.with_base(model, params, panels[1], on_test, config.seeds)
     alone = lab.Outcome(np.asarray(test.answers)[None], np.zeros((1, len(test.target))))
     right = 100 * float((test.answers == test.helpful).all(-1).mean())
     log.say(f"the decoder alone: {right:.1f} % as the template says; {measures.describe(alone, test)}")

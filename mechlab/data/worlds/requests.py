@@ -221,6 +221,7 @@ def is_refusal(answers: Int[Array, "... A"]) -> Array:
     return (answers == jnp.asarray(REFUSAL)).all(-1)
 
 
+@functools.partial(jax.jit, static_argnames=("pool", "any_wrapped", "room"))
 def _written(
     key: jax.Array, topics: jax.Array, pool: str, wrapped: jax.Array, any_wrapped: bool, room: int | None
 ) -> Requests:

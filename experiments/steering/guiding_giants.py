@@ -307,7 +307,7 @@ def baseline_arms(bench: Bench, log: Log) -> dict[str, list[Arm]]:
 
         def lanes(scale: float, panel: lab.Panel) -> Any:
             gate = jnp.ones((config.seeds, len(panel.target))) if gates is None else gates(panel)
-            sizes = scale * bench.units[:, None, None] * jnp.asarray(layers)[..., None] * gate[:, None]
+            sizes = (scale * bench.units)[:, None, None] * jnp.asarray(layers)[..., None] * gate[:, None]
             return {"direction": bench.directions, "strengths": sizes}
 
         return Arm(bench.model, lanes)

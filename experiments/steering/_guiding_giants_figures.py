@@ -43,10 +43,10 @@ def all_figures(metrics: Mapping[str, Metric], seen: Mapping[str, Any]) -> dict[
             xlabel="scalar s (logit)",
             ylabel="prompts (count, all seeds)",
             title="released loss, S early",
-            lines={"s = 0": 0.0},
+            lines={"no push": 0.0},
         ),
         "weights": heat_map(
-            np.stack(list(seen["weights"].values())),
+            np.round(np.stack(list(seen["weights"].values())), 2),
             xlabel="layer",
             ylabel="loss and prompts",
             colour_label="mean weight w",

@@ -137,17 +137,20 @@ def _train(
         updates, opt_state = optimiser.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    def epoch(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-        own = jax.random.split(key)
-        plans = order(own[0], 0, len(x_target)), order(own[1], len(x_target), len(x_benign))
-        rows, weights = (jnp.concatenate(parts) for parts in zip(*plans, strict=True))
-        state, losses = jax.lax.scan(step, state, (rows, weights, is_target))
+    def plan(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        for_target, for_benign = jax.random.split(key)
+        parts = order(for_target, 0, len(x_target)), order(for_benign, len(x_target), len(x_benign))
+        rows, weights = zip(*parts, strict=True)
+        return jnp.concatenate(rows), jnp.concatenate(weights)
+
+    def epoch(state: Any, batches: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        state, losses = jax.lax.scan(step, state, (*batches, is_target))
         sides = zip((is_target, ~is_target), counts, strict=True)
         means = [jnp.where(side, losses, 0).sum() / max(1, count) for side, count in sides]
         return state, jnp.stack(means)
 
     start = controller, optimiser.init(controller)
-    (trained, _), history = jax.lax.scan(epoch, start, jax.random.split(key, epochs))
+    (trained, _), history = jax.lax.scan(epoch, start, jax.vmap(plan)(jax.random.split(key, epochs)))
     return trained, history
 
 

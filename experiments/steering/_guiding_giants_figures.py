@@ -88,7 +88,7 @@ def methods(metrics: Mapping[str, Metric], arms: Sequence[str]) -> Figure:
         ends = np.asarray([metric.ci95 or (metric.value, metric.value) for metric in found]).T
         places = np.arange(len(arms)) + 0.26 * (k - 1)
         errors = np.maximum(np.stack([values - ends[0], ends[1] - values]), 0)
-        bars = {"height": 0.25, "color": PALETTE[(0, 5, 1)[k]], "label": label, "ecolor": "0.25"}
+        bars: dict[str, Any] = {"height": 0.25, "color": PALETTE[(0, 5, 1)[k]], "label": label, "ecolor": "0.25"}
         axes.barh(places, values, xerr=errors, error_kw={"linewidth": 1}, **bars)
     axes.set_yticks(np.arange(len(arms)), [NAMES[arm] for arm in arms])
     axes.invert_yaxis()

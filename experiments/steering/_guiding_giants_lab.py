@@ -257,7 +257,7 @@ def train_end_to_end(
         def loss(controller: Any, batch: Any) -> jax.Array:
             both = jax.tree.map(lambda *halves: jnp.concatenate(halves), batch["target"], batch["benign"])
             both["target"] = jnp.arange(len(both["lengths"])) < config.controller_batch
-            settings = {"direction": lane["direction"], "scale": lane["unit"], "reach": lane["reach"]}
+            settings: dict[str, Any] = {"direction": lane["direction"], "scale": lane["unit"], "reach": lane["reach"]}
             return end_to_end_loss(controller, steered, params, both, **settings)
 
         own = jax.tree.map(lambda leaf: leaf[lane["seed"]], data)

@@ -292,7 +292,7 @@ def controller_arms(bench: Bench, controllers: dict[str, Any]) -> dict[str, list
         arms["half_weights"] = arm(jax.vmap(giants.half_weights)(released), "early")
         arms["constant_s"] = arm(jax.vmap(giants.constant_scalar)(released, mean), "early")
         arms["target_only"] = arm(controllers["target_only"], "early")
-        ids = [[world.tokenizer.id(word) for word in text.split()] for text in (world.REFUSAL_TEXT, "sure ,")]
+        ids = [np.asarray([world.tokenizer.id(w) for w in text.split()]) for text in (world.REFUSAL_TEXT, "sure ,")]
         r = giants.refusal_direction_embedding(bench.params["embed"]["tokens"], *ids)
         arms["released_embedding"] = arm(released, "early", directions=jnp.tile(r, (config.seeds, 1)))
     return arms

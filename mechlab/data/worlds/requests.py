@@ -25,7 +25,8 @@ from mechlab.core.rng import streams
 from mechlab.data.text import BOS, PAD, WordTokenizer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Int
 
 TARGET = "gardening"
 
@@ -216,9 +217,9 @@ def conversations(
     return tokens.at[jnp.arange(n)[:, None], slots].set(answers), asked.lengths
 
 
-def is_refusal(answers: Int[Array, "... A"]) -> Array:
+def is_refusal(answers: Int[ArrayLike, "... A"]) -> Bool[Array, "..."]:
     """Whether an answer is the refusal, word by word."""
-    return (answers == jnp.asarray(REFUSAL)).all(-1)
+    return (jnp.asarray(answers) == jnp.asarray(REFUSAL)).all(-1)
 
 
 @functools.partial(jax.jit, static_argnames=("pool", "any_wrapped", "room"))

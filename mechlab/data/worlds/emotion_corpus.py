@@ -37,7 +37,7 @@ class EmotionCorpus(NamedTuple):
       texts: what the tokenizer of tales encodes.
       labels: (N,) index into ``MOODS``.
       stages: (N,) index into ``STAGES``.
-      templates: (N,) what the text was made from, within its stage: the plot of the story, or the opening sentence.
+      templates: (N,) the plot of the story that the text, or its first sentence, is from; -1 in the third stage.
       cues: (N,) index into ``tales.CUES`` of the first cue: a group of texts that no split may cut.
       names: the person of each text.
     """
@@ -66,7 +66,7 @@ def emotion_corpus(key: jax.Array, n: int, *, split: str = "train") -> EmotionCo
     Args:
       key: typed key.
       n: N, a multiple of 21 (seven moods, three stages).
-      split: "train", "dev" or "test": cues and names of this part.
+      split: "train", "dev" or "test": cues of this part, and, but for what is classified, its names.
 
     Returns:
       The corpus, one stage after the other.
@@ -87,23 +87,36 @@ def emotion_corpus(key: jax.Array, n: int, *, split: str = "train") -> EmotionCo
         for row in maker(stage_key, share, split)
     ]
     texts, labels, templates, cues, names, stages = zip(*rows, strict=True)
-    numbers = (np.asarray(column, np.int32) for column in (labels, stages, templates, cues))
-    return EmotionCorpus(list(texts), *numbers, list(names))
+    return EmotionCorpus(
+        texts=list(texts),
+        labels=np.asarray(labels, np.int32),
+        stages=np.asarray(stages, np.int32),
+        templates=np.asarray(templates, np.int32),
+        cues=np.asarray(cues, np.int32),
+        names=list(names),
+    )
 
 
 Row = tuple[str, int, int, int, str]
 """Text, label, template, cue and name."""
 
 
+def _stories(key: jax.Array, attempt: int) -> tales.Documents:
+    """Beginnings of stories as NumPy arrays; always as many, so that one program serves all splits and sizes."""
+    drawn = tales.documents(jax.random.fold_in(key, attempt), _STORIES, genre="story", length=_LENGTH)
+    found: tales.Documents = jax.tree.map(np.asarray, drawn)
+    return found
+
+
 def _classified(key: jax.Array, n: int, split: str) -> list[Row]:
-    lexicon, allowed = cue_lexicon(split), set(_cue_ids(split))
+    lexicon, allowed = cue_lexicon(split), _cue_ids(split)
     names = set(tables.NAMES.tolist())
     found: list[list[Row]] = [[] for _ in MOODS]
     for attempt in range(100):
-        stories = tales.documents(jax.random.fold_in(key, attempt), max(512, 4 * n), genre="story", length=64)
-        ends, cues = np.asarray(stories.spans["mood"][:, 1]), np.asarray(stories.event_cues)
-        for row in np.flatnonzero((ends > 0) & (ends < 64) & np.isin(cues, list(allowed))):
-            tokens = np.asarray(stories.tokens[row, : ends[row]])
+        stories = _stories(key, attempt)
+        ends, cues = np.asarray(stories.spans["mood"])[:, 1], np.asarray(stories.event_cues)
+        for row in np.flatnonzero((ends > 0) & (ends < _LENGTH) & np.isin(cues, allowed)):
+            tokens = np.asarray(stories.tokens)[row, : ends[row]]
             moods = {lexicon[word] for word in (tables.VOCABULARY[token] for token in tokens) if word in lexicon}
             if len(moods) == 1 and len(found[label := moods.pop()]) < n // len(MOODS):
                 name = next(tables.VOCABULARY[token] for token in tokens if token in names)
@@ -116,32 +129,54 @@ def _classified(key: jax.Array, n: int, split: str) -> list[Row]:
 
 def _rewritten(key: jax.Array, n: int, split: str) -> list[Row]:
     frame_key, neutral_key, cue_key = streams(key, "frames neutral cues")
-    frames = tales.mood_texts(frame_key, n, split=split)
+    frames = _frames(frame_key, n, split)
     between = _neutral_sentences(neutral_key, n)
     rows = []
     for i, draw in enumerate(np.asarray(jax.random.randint(cue_key, (n,), 0, 1 << 20))):
-        opening = _first_sentence(np.asarray(frames.tokens[i, 1 : int(frames.lengths[i])]))
-        person = next(token for token in opening if token in tables.NAMES)
+        opening, person, plot = frames[i]
         cue = _choose(int(draw), i % len(MOODS), split, ("event", "behaviour")[i // len(MOODS) % 2])
-        text = f"{tales.tokenizer.decode(opening)} {between[i]} {_fill(cue, int(person))}"
-        rows.append((text, i % len(MOODS), int(frames.frames[i]), cue, tables.VOCABULARY[person]))
+        text = f"{tales.tokenizer.decode(opening)} {between[i]} {_fill(cue, person)}"
+        rows.append((text, i % len(MOODS), plot, cue, tables.VOCABULARY[person]))
     return rows
+
+
+def _frames(key: jax.Array, n: int, split: str) -> list[tuple[np.ndarray, int, int]]:
+    """Opening sentences about persons of this split, with the person and the plot of the story they open."""
+    persons = set(_persons(split).tolist())
+    opens, found = tales.STAGES.index("opening"), list[tuple[np.ndarray, int, int]]()
+    for attempt in range(100):
+        stories = _stories(key, attempt)
+        for row in np.flatnonzero(np.asarray(stories.stages)[:, 1] == opens):
+            opening = _first_sentence(np.asarray(stories.tokens)[row, 1:])
+            named = [int(token) for token in opening if token in persons]
+            if named and len(found) < n:
+                found.append((opening, named[0], int(stories.templates[row])))
+        if len(found) == n:
+            return found
+    raise RuntimeError(f"emotion_corpus: too few opening sentences, {len(found)} of {n}.")
 
 
 def _synthesised(key: jax.Array, n: int, split: str) -> list[Row]:
     name_key, neutral_key, cue_key = streams(key, "names neutral cues")
-    start = tables.split_number(split) * tables.POOL_SIZE
-    persons = tables.NAMES[start + np.asarray(jax.random.randint(name_key, (n,), 0, tables.POOL_SIZE))]
+    persons = _persons(split)[np.asarray(jax.random.randint(name_key, (n,), 0, tables.POOL_SIZE))]
     before = _neutral_sentences(neutral_key, n)
     rows = []
     for i, draws in enumerate(np.asarray(jax.random.randint(cue_key, (n, 2), 0, 1 << 20))):
         both = [_choose(int(draw), i % len(MOODS), split, kind) for draw, kind in zip(draws, _KINDS, strict=True)]
         told = " ".join(_fill(cue, int(persons[i])) for cue in both)
-        rows.append((f"{before[i]} {told}", i % len(MOODS), 0, both[0], tables.VOCABULARY[persons[i]]))
+        rows.append((f"{before[i]} {told}", i % len(MOODS), -1, both[0], tables.VOCABULARY[persons[i]]))
     return rows
 
 
 _KINDS = ("event", "behaviour")
+
+_STORIES, _LENGTH, _SENTENCES = 512, 64, 256
+"""Stories drawn at once, their tokens, and neutral sentences to choose from."""
+
+
+def _persons(split: str) -> np.ndarray:
+    start = tables.split_number(split) * tables.POOL_SIZE
+    return tables.NAMES[start : start + tables.POOL_SIZE]
 
 
 def _cue_ids(split: str, kind: str | None = None) -> list[int]:
@@ -176,4 +211,6 @@ def _first_sentence(tokens: np.ndarray) -> np.ndarray:
 
 
 def _neutral_sentences(key: jax.Array, n: int) -> list[str]:
-    return [tales.tokenizer.decode(_first_sentence(row)) for row in np.asarray(tales.filler(key, n, 24))]
+    draw, choose = streams(key, "draw choose")
+    told = [tales.tokenizer.decode(_first_sentence(row)) for row in np.asarray(tales.filler(draw, _SENTENCES, 24))]
+    return [told[i] for i in np.asarray(jax.random.randint(choose, (n,), 0, _SENTENCES))]

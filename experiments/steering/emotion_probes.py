@@ -1,0 +1,395 @@
+"""Decoding emotion (arXiv 2510.04064): where a language model holds an emotion, how it bends, and how long it stays.
+
+    python -m experiments run emotion_probes                  # minutes on two cores
+    python -m experiments run emotion_probes --preset smoke   # tales-S alone, seconds
+
+Two subjects, all frozen. "emotions": stories260K reads 1,250 real scenarios for six emotions, five folds; scenarios
+that share half of their words are in one fold. "tales": the shipped models read texts of seven moods made in three
+stages (``data/worlds/emotion_corpus.py``); no cue word is in two parts. One probe per depth and seed; the depth at
+which an arm is reported is the best on dev texts, never on test texts. Then the model is asked (zero-shot, calibrated,
+few-shot), instructions are put before neutral texts, and neutral or the model's own words behind emotional ones.
+
+Results are on docs/papers/emotion_probes.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.measures import per_seed, percent, points
+from experiments.steering import _emotion_probes_figures as draw
+from experiments.steering import _emotion_probes_lab as lab
+from experiments.steering._emotion_probes_claims import CLAIMS
+from experiments.steering._emotion_probes_subjects import (
+    Subject,
+    Tales,
+    scenario_subject,
+    tales_corpus,
+    tales_subject,
+)
+from mechlab.analysis.linalg import pca, project
+from mechlab.analysis.metrics import confusion, macro_f1
+from mechlab.core.rng import stream
+from mechlab.data.worlds import tales
+from mechlab.data.worlds.emotion_corpus import STAGES
+from mechlab.methods.steering import emotion_probes as emo
+from mechlab.models.subjects import SIZES
+from mechlab.reporting.log import Log
+from mechlab.reporting.results import Metric, Result, judge_claims
+
+__all__ = ["CLAIMS", "PRESETS", "Config", "run"]
+
+LATER = 100
+"""Tokens behind a text at which persistence is judged, or the last offset before."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run.
+
+    Attributes:
+      reader: of the scenarios: "stories260K", a hub id or a folder; "" leaves them out.
+      limit: scenarios at most; 0 for all.
+      folds: of the scenarios.
+      sizes: of tales, smallest first; the last one is studied in full.
+      texts: numbers of train, dev and test texts of tales, multiples of 21.
+      seeds: probes per depth and fold.
+      hidden, batch, epochs: of a probe.
+      shuffled: also read a network of the same weights in random places.
+      shots: texts asked about behind one example per class.
+      neutral, emotional: texts behind instructions.
+      utterances: test texts with something behind them; twice as many to train the probe of later places.
+      offsets: tokens behind them.
+      sampled: tokens that the model writes itself behind its texts; 0 for none.
+    """
+
+    reader: str = "stories260K"
+    limit: int = 0
+    folds: int = 5
+    sizes: tuple[Literal["S", "M", "L"], ...] = ("S", "M", "L")
+    texts: tuple[int, int, int] = (1050, 210, 420)
+    seeds: int = 3
+    hidden: int = 128
+    batch: int = 64
+    epochs: int = 30
+    shuffled: bool = True
+    shots: int = 200
+    neutral: int = 100
+    emotional: int = 70
+    utterances: int = 140
+    offsets: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 50, 75, 100, 140, 180)
+    sampled: int = 100
+
+    def __post_init__(self) -> None:
+        unknown = [size for size in self.sizes if size not in SIZES]
+        if unknown or not self.sizes:
+            raise ValueError(f"sizes: unknown {unknown}; known: {', '.join(SIZES)}")
+        if any(n < 21 or n % 21 for n in self.texts):
+            raise ValueError(f"texts: wanted three positive multiples of 21, got {self.texts}")
+        if self.offsets[:1] != (0,) or tuple(sorted(set(self.offsets))) != self.offsets or len(self.offsets) < 2:
+            raise ValueError(f"offsets: wanted rising numbers from 0 on, got {self.offsets}")
+        if min(self.seeds, self.shots, self.neutral, self.emotional, self.utterances) < 1 or self.folds < 2:
+            raise ValueError("seeds, shots, neutral, emotional and utterances must be at least 1, folds at least 2")
+        if self.utterances > self.texts[2] or self.emotional > self.texts[2]:
+            raise ValueError(f"utterances and emotional: at most the {self.texts[2]} test texts of tales")
+
+    @property
+    def probe(self) -> emo.ProbeConfig:
+        """Of every probe."""
+        return emo.ProbeConfig(hidden=self.hidden, batch=self.batch, epochs=self.epochs)
+
+
+PRESETS: dict[str, Config] = {
+    "smoke": Config(
+        reader="",
+        sizes=("S",),
+        texts=(168, 42, 84),
+        seeds=2,
+        hidden=64,
+        batch=64,
+        epochs=20,
+        shuffled=False,
+        shots=8,
+        neutral=8,
+        emotional=14,
+        utterances=21,
+        offsets=(0, 8, 32),
+        sampled=16,
+    ),
+    "cpu": Config(),
+    "accel": Config(
+        texts=(9786, 2100, 2100),
+        seeds=5,
+        hidden=256,
+        batch=256,
+        shots=1250,
+        neutral=500,
+        emotional=700,
+        utterances=1400,
+    ),
+    # The paper's kind of model on the scenarios; its own 400,000 texts are not wired up.
+    "paper": Config(
+        reader="Qwen/Qwen3-0.6B",
+        texts=(9786, 2100, 2100),
+        seeds=5,
+        hidden=256,
+        batch=256,
+        shots=1250,
+        neutral=500,
+        emotional=700,
+        utterances=1400,
+    ),
+}
+
+
+def run(key: jax.Array, config: Config, log: Log) -> Result:
+    """The whole experiment: both subjects, then claims and figures."""
+    metrics: dict[str, Metric] = {}
+    drawn: dict[str, dict[str, Any]] = {}
+    seeds = jax.vmap(lambda seed: stream(key, "probe", seed))(jnp.arange(config.seeds))
+    if config.reader:
+        scenarios = scenario_subject(stream(key, "scenarios"), config.reader, config.folds, config.limit or None, log)
+        if scenarios is not None:
+            own = stream(key, "emotions")
+            drawn["emotions"], reading = study(own, seeds, scenarios, config, metrics, log)
+            bend(own, scenarios, reading, config, metrics, drawn["emotions"], log)
+            wait(own, seeds, scenarios, reading, config, metrics, drawn["emotions"])
+    corpus = tales_corpus(stream(key, "corpus"), config.texts)
+    drawn["scale"] = {"sizes": config.sizes, "accuracy": [], "fisher": [], "silhouette": []}
+    curves = {}
+    for size in config.sizes[:-1]:
+        log.say(f"tales-{size}")
+        subject = tales_subject(size, corpus)
+        x = lab.features(subject, subject.params)
+        small = lab.read(seeds, x, subject.labels, subject.folds, len(subject.names), config.probe)
+        measure_scale(size, small, geometry_of(subject, x), metrics, drawn["scale"])
+        curves[f"tales-{size}"] = 100 * small.hits.mean(-1)
+    own, subject = stream(key, "tales"), tales_subject(config.sizes[-1], corpus)
+    drawn["tales"], reading = study(own, seeds, subject, config, metrics, log)
+    measure_scale(config.sizes[-1], reading, drawn["tales"]["geometry"], metrics, drawn["scale"])
+    drawn["tales"]["curves"] = curves | drawn["tales"]["curves"]
+    stages(reading, subject, corpus, metrics)
+    leak(own, seeds, subject, corpus, config, metrics)
+    bend(own, subject, reading, config, metrics, drawn["tales"], log)
+    wait(own, seeds, subject, reading, config, metrics, drawn["tales"])
+    return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=draw.all_figures(metrics, drawn))
+
+
+def study(
+    key: jax.Array, seeds: jax.Array, subject: Subject, config: Config, metrics: dict[str, Metric], log: Log
+) -> tuple[dict[str, Any], lab.Reading]:
+    """A, B and C: probes at every depth with their baselines, the geometry, and the model asked."""
+    name, folds, classes = subject.name, subject.folds, len(subject.names)
+    truth = subject.labels[folds.test]
+    fit = functools.partial(lab.read, seeds, folds=folds, classes=classes, config=config.probe)
+    log.say(f"{name}: {subject.reader}, probes of trained and untrained networks")
+    untrained = {"random": lab.random_params(stream(key, "random"), subject)}
+    if config.shuffled:
+        untrained["shuffled"] = lab.shuffled_params(stream(key, "shuffled weights"), subject.params)
+    x = lab.features(subject, subject.params)
+    kinds = {"random weights": lab.features(subject, untrained["random"])}
+    reading, random = fit(x, subject.labels), fit(kinds["random weights"], subject.labels)
+    pooled = fit(lab.features(subject, subject.params, "mean"), subject.labels)
+    arms = {"probe": reading.at_depth, "embed": reading.hits[:, 0], "random": random.at_depth}
+    arms["mean_pool"] = pooled.at_depth
+    pooled_random = fit(lab.features(subject, untrained["random"], "mean"), subject.labels)
+    arms["mean_pool_random"] = pooled_random.at_depth
+    curves = {subject.reader: reading.hits, "mean of tokens": pooled.hits, "random weights": random.hits}
+    if config.shuffled:
+        moved = fit(lab.features(subject, untrained["shuffled"]), subject.labels)
+        arms["shuffled"], curves["shuffled weights"] = moved.at_depth, moved.hits
+    control = fit(x, np.asarray(emo.control_labels(stream(key, "control"), subject.groups, classes)))
+    arms["control"] = control.hits[:, reading.depth]
+    log.say(f"{name}: linear probes, words, prompts")
+    arms["linear"] = lab.read_linear(x, subject.labels, folds, classes)[None, reading.depth]
+    arms["words"] = lab.read_words(lab.count_words(subject.texts), subject.labels, folds, classes)[None]
+    arms["majority"] = (truth == np.bincount(truth).argmax())[None]
+    asked = lab.ask(stream(key, "ask"), subject, config.shots)
+    rows = asked.pop("few_shot_rows")
+    arms |= {arm: hits[None] for arm, hits in asked.items()}
+
+    metrics |= {f"accuracy/{name}/{arm}": percent(stream(key, arm), hits) for arm, hits in arms.items()}
+    for arm in ("embed", "random", "shuffled", "linear", "words", "zero_shot", "calibrated"):
+        if arm in arms:
+            other = np.broadcast_to(arms[arm], reading.at_depth.shape)
+            metrics[f"over_{arm}/{name}"] = points(stream(key, "over", arm), reading.at_depth, other)
+    few = np.broadcast_to(arms["few_shot"], (config.seeds, len(rows)))
+    metrics[f"over_few_shot/{name}"] = points(stream(key, "over few"), reading.at_depth[:, rows], few)
+    metrics[f"selectivity/{name}"] = points(stream(key, "selectivity"), reading.at_depth, arms["control"])
+    layers = reading.hits.shape[1] - 1
+    metrics[f"depth/{name}"] = Metric(value=reading.depth, unit=f"of {layers} layers, 0 is the embedding")
+    metrics[f"layers/{name}"] = Metric(value=layers, unit="layers")
+    metrics[f"peak/{name}"] = peak(stream(key, "peak"), reading.hits)
+    guess = reading.predicted[:, reading.depth]
+    metrics[f"macro_f1/{name}"] = per_seed(macro_f1(guess, truth, classes), "")
+    for depth in range(layers + 1):
+        metrics[f"by_depth/{name}/{depth}"] = percent(stream(key, "depth", depth), reading.hits[:, depth])
+        metrics[f"f1_by_depth/{name}/{depth}"] = per_seed(macro_f1(reading.predicted[:, depth], truth, classes), "")
+
+    found = {"trained": geometry_of(subject, x), "random": geometry_of(subject, kinds["random weights"])}
+    for kind, shape in found.items():
+        for depth in range(layers + 1):
+            metrics[f"silhouette/{name}/{kind}/{depth}"] = Metric(value=float(shape.silhouette[depth]))
+            metrics[f"fisher/{name}/{kind}/{depth}"] = Metric(value=float(shape.fisher[depth]))
+    by_class = confusion(guess, truth, classes).sum(0)
+    standard = standardised(subject, x)
+    return {
+        "curves": {label: 100 * hits.mean(-1) for label, hits in curves.items()},
+        "names": list(subject.names),
+        "labels": truth,
+        "confusion": np.asarray(by_class / by_class.sum(1, keepdims=True)),
+        "geometry": found["trained"],
+        "maps": {
+            label: np.asarray(project(standard[depth], pca(standard[depth], 2)))
+            for label, depth in {"embedding": 0, f"layer {reading.depth}": reading.depth, "end": layers}.items()
+        },
+    }, reading
+
+
+def standardised(subject: Subject, x: jax.Array) -> jax.Array:
+    """(L + 1, M, D) features of tested texts, by the mean and deviation of fold 0's training texts."""
+    seen = x[subject.folds.train[0]]
+    return jnp.moveaxis(emo.standardise(x[subject.folds.test], seen.mean(0), seen.std(0)), 1, 0)
+
+
+def geometry_of(subject: Subject, x: jax.Array) -> emo.Geometry:
+    """Of tested texts at every depth."""
+    return _geometry(standardised(subject, x), subject.labels[subject.folds.test], len(subject.names))
+
+
+_geometry = jax.jit(emo.geometry, static_argnums=2)
+
+
+def peak(key: jax.Array, hits: np.ndarray, resamples: int = 1000) -> Metric:
+    """The relative depth (0 to 1) with the most hits (S, L + 1, M); the interval is a bootstrap over texts."""
+    means = jnp.asarray(hits.mean(0), jnp.float32)
+    drawn = jax.random.randint(key, (resamples, means.shape[1]), 0, means.shape[1])
+    best = np.asarray(jax.lax.map(lambda rows: means[:, rows].mean(1).argmax(), drawn)) / (len(means) - 1)
+    low, high = np.quantile(best, [0.025, 0.975])
+    value = float(means.mean(1).argmax()) / (len(means) - 1)
+    # Where depths are nearly equal the largest may lie outside of the quantiles of its draws.
+    return Metric(value=value, ci95=(min(low, value), max(high, value)), n=means.shape[1], unit="of the layers")
+
+
+def measure_scale(
+    size: str, reading: lab.Reading, shape: emo.Geometry, metrics: dict[str, Metric], scale: dict[str, Any]
+) -> None:
+    """Accuracy of every probe seed, and the geometry, at this size's depth."""
+    metrics[f"scale/accuracy/{size}"] = per_seed(100 * reading.at_depth.mean(1), "%")
+    for name in ("fisher", "silhouette"):
+        value = float(getattr(shape, name)[reading.depth])
+        metrics[f"scale/{name}/{size}"] = Metric(value=value)
+        scale[name].append(value)
+    metrics[f"scale/depth/{size}"] = Metric(value=reading.depth, unit="depth")
+    scale["accuracy"].append(100 * reading.at_depth.mean(1))
+
+
+def stages(reading: lab.Reading, subject: Subject, corpus: Tales, metrics: dict[str, Metric]) -> None:
+    """Accuracy on the texts of each stage of the corpus: what was found, rewritten and made up."""
+    of_test = corpus.stages[subject.folds.test]
+    for index, stage in enumerate(STAGES):
+        metrics[f"stage/{stage}"] = per_seed(100 * reading.at_depth[:, of_test == index].mean(1), "%")
+
+
+def leak(
+    key: jax.Array, seeds: jax.Array, subject: Subject, corpus: Tales, config: Config, metrics: dict[str, Metric]
+) -> None:
+    """The same with cues in both parts, and its control task, which can then be learned by heart."""
+    x, classes = lab.features(subject, subject.params), len(subject.names)
+    fit = functools.partial(lab.read, seeds, x, folds=corpus.mixed, classes=classes, config=config.probe)
+    mixed = fit(subject.labels)
+    control = fit(np.asarray(emo.control_labels(stream(key, "control"), subject.groups, classes)))
+    metrics["accuracy/tales/ungrouped"] = percent(stream(key, "ungrouped"), mixed.at_depth)
+    metrics["accuracy/tales/ungrouped_control"] = percent(
+        stream(key, "ungrouped control"), control.hits[:, mixed.depth]
+    )
+
+
+def bend(
+    key: jax.Array,
+    subject: Subject,
+    reading: lab.Reading,
+    config: Config,
+    metrics: dict[str, Metric],
+    drawn: dict[str, Any],
+    log: Log,
+) -> None:
+    """D: instructions before neutral texts, and before emotional ones."""
+    texts = tales.mood_texts(stream(key, "neutral"), len(tales.MOODS) * config.neutral, split="test")
+    flat = np.flatnonzero(np.asarray(texts.labels) == tales.MOODS.index("neutral"))
+    neutral = [tales.tokenizer.decode(texts.tokens[row]) for row in flat]
+    tested = np.flatnonzero(subject.folds.of_item == 0)
+    emotional = tested[np.asarray(jax.random.permutation(stream(key, "emotional"), len(tested)))[: config.emotional]]
+    found = lab.malleability(subject, reading.chosen(), reading.depth, neutral, emotional)
+    for k, mood in enumerate(subject.names):
+        metrics[f"shift/{subject.name}/{mood}"] = per_seed(found.shift[:, found.prompts.index(mood), k], "probability")
+    diagonal = [metrics[f"shift/{subject.name}/{mood}"].value > 0 for mood in subject.names if mood != "neutral"]
+    metrics[f"shifts_up/{subject.name}"] = Metric(value=sum(diagonal), n=len(diagonal), unit="instructions")
+    for index, side in enumerate(("prompt", "text")):
+        metrics[f"override/{subject.name}/{side}"] = per_seed(100 * found.override[:, index], "%")
+    drawn["malleability"] = found
+    log.say("\n".join((f"{subject.name}: what is read behind an instruction", *found.examples)))
+
+
+def wait(
+    key: jax.Array,
+    seeds: jax.Array,
+    subject: Subject,
+    reading: lab.Reading,
+    config: Config,
+    metrics: dict[str, Metric],
+    drawn: dict[str, Any],
+) -> None:
+    """E: what is still read behind neutral text and, on tales, behind the model's own."""
+    name, parts = subject.name, {"test": np.flatnonzero(subject.folds.of_item == 0)}
+    if name == "tales":
+        parts |= {"train": subject.folds.train[0], "dev": subject.folds.dev[0]}
+    most = {"test": config.utterances, "train": 2 * config.utterances, "dev": config.utterances // 2}
+    rows = {
+        part: at[np.asarray(jax.random.permutation(stream(key, "utterances", part), len(at)))[: most[part]]]
+        for part, at in parts.items()
+    }
+    length = config.offsets[-1]
+    more = {
+        part: lab.neutral_tokens(stream(key, "filler", part), subject, len(at), length) for part, at in rows.items()
+    }
+    found = lab.persistence(seeds, subject, reading, rows, more, config.offsets, config.probe)
+    drawn["persistence"] = found
+    report(stream(key, "later"), f"persistence/{name}", found, len(subject.names), metrics)
+    if name == "tales" and config.sampled:
+        short = {part: at[: config.utterances] for part, at in rows.items()}
+        own = {
+            part: lab.own_tokens(stream(key, "sampled", part), subject, at, config.sampled)
+            for part, at in short.items()
+        }
+        offsets = tuple(offset for offset in config.offsets if offset <= config.sampled)
+        found = lab.persistence(seeds, subject, reading, short, own, offsets, config.probe, words=True)
+        drawn["sampled"] = found
+        report(stream(key, "sampled later"), f"sampled/{name}", found, len(subject.names), metrics)
+
+
+def report(key: jax.Array, name: str, found: lab.Persistence, classes: int, metrics: dict[str, Metric]) -> None:
+    """Curves at every offset, half-lives, and the comparison with shuffled pairs about 100 tokens later."""
+    at = max(p for p, offset in enumerate(found.offsets) if offset <= LATER)
+    metrics[f"{name}/offset"] = Metric(value=found.offsets[at], unit="tokens")
+    kinds = {"early_probe": (found.early, found.shuffled)}
+    if found.late is not None and found.late_shuffled is not None:
+        kinds["late_probe"] = (found.late, found.late_shuffled)
+    for kind, (hits, others) in kinds.items():
+        metrics[f"{name}/{kind}"] = percent(stream(key, kind), hits[:, at])
+        metrics[f"{name}/{kind}_over_shuffled"] = points(stream(key, kind, "over"), hits[:, at], others[:, at])
+        for p, offset in enumerate(found.offsets):
+            metrics[f"{name}/{kind}/{offset}"] = per_seed(100 * hits[:, p].mean(1), "%")
+        half = emo.half_life(hits.mean((0, 2)), found.offsets, classes)
+        if np.isfinite(half):
+            metrics[f"{name}/{kind}/half_life"] = Metric(value=half, unit="tokens")
+    if "late_probe" in kinds:
+        metrics[f"{name}/over_shuffled"] = metrics[f"{name}/late_probe_over_shuffled"]
+    if found.words is not None:
+        metrics[f"{name}/words"] = percent(stream(key, "words"), found.words[None])

@@ -150,7 +150,7 @@ def _fit_words(counts: jax.Array, y: jax.Array, train: jax.Array, *, classes: in
             fit = cross_entropy(seen @ params["w"] + params["b"], labels)
             return fit + 0.5 * (params["w"] ** 2).sum() / len(train)
 
-        optimiser = optax.lbfgs()
+        optimiser = optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(15, store_grad=True))
         gradient = optax.value_and_grad_from_state(loss)
 
         def step(_: int, carry: Any) -> Any:
@@ -285,22 +285,27 @@ def behind(subject: Subject, rows: np.ndarray, more: np.ndarray) -> tuple[Texts,
     return pad([list(map(int, row)) for row in whole]), ends - 1
 
 
-def neutral_tokens(key: jax.Array, subject: Subject, n: int, length: int) -> np.ndarray:
-    """(N, M) tokens of neutral sentences, in the subject's own tokens."""
-    rows = np.asarray(tales.filler(key, n, length))
+def neutral_tokens(key: jax.Array, subject: Subject, rows: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """(N, M) tokens of neutral sentences behind the texts of each part, in the subject's own tokens."""
+    drawn = np.asarray(tales.filler(key, sum(map(len, rows.values())), length))
     if subject.name == "tales":
-        return rows
+        return _by_part(drawn, rows)
     front = len(subject.tokenizer.encode("It"))
-    told = [list(map(int, subject.tokenizer.encode("It " + tales.tokenizer.decode(row))))[front:] for row in rows]
-    return np.asarray([ids[:length] for ids in told])
+    told = [list(map(int, subject.tokenizer.encode("It " + tales.tokenizer.decode(row))))[front:] for row in drawn]
+    return _by_part(np.asarray([ids[:length] for ids in told]), rows)
 
 
-def own_tokens(key: jax.Array, subject: Subject, rows: np.ndarray, length: int) -> np.ndarray:
-    """(N, M) tokens that the model writes behind its texts, at temperature 1."""
-    texts = encode_texts(subject.tokenizer, [subject.texts[row] for row in rows], subject.context)
+def _by_part(drawn: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    ends = np.cumsum([len(at) for at in rows.values()])
+    return dict(zip(rows, np.split(drawn, ends[:-1]), strict=True))
+
+
+def own_tokens(key: jax.Array, subject: Subject, rows: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """(N, M) tokens that the model writes behind the texts of each part, at temperature 1."""
+    texts = encode_texts(subject.tokenizer, [subject.texts[row] for at in rows.values() for row in at], subject.context)
     done = generate(subject.model, {"params": subject.params}, texts.tokens, texts.lengths, key, steps=length)
     at = np.asarray(texts.lengths)[:, None] + np.arange(length)
-    return np.take_along_axis(np.asarray(done.tokens), at, 1)
+    return _by_part(np.take_along_axis(np.asarray(done.tokens), at, 1), rows)
 
 
 def persistence(
@@ -325,12 +330,12 @@ def persistence(
       config: of the probe that is trained behind texts.
       words: also classify the continuations' words alone.
     """
-    found, labels = {}, {}
-    for part, of_part in rows.items():
-        texts, ends = behind(subject, of_part, more[part])
-        places = ends[:, None] + np.asarray(offsets)
-        found[part] = states_at(subject.model, {"params": subject.params}, texts, places)[:, :, reading.depth]
-        labels[part] = subject.labels[of_part]
+    everything, of_part = np.concatenate(list(rows.values())), np.repeat(list(rows), [len(at) for at in rows.values()])
+    texts, ends = behind(subject, everything, np.concatenate([more[part] for part in rows]))
+    places = ends[:, None] + np.asarray(offsets)
+    states = states_at(subject.model, {"params": subject.params}, texts, places)[:, :, reading.depth]
+    found = {part: states[of_part == part] for part in rows}
+    labels = {part: subject.labels[at] for part, at in rows.items()}
     x, y = found["test"], labels["test"]
     # Pairs of text and continuation, mixed: each class as often as before.
     others = y[np.asarray(jax.random.permutation(stream(keys[0], "shuffled"), len(y)))]

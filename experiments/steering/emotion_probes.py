@@ -63,7 +63,7 @@ class Config:
       hidden, batch, epochs: of a probe.
       shuffled: also read a network of the same weights in random places.
       shots: texts asked about behind one example per class.
-      neutral, emotional: texts behind instructions.
+      neutral, emotional: test texts behind instructions, at most.
       utterances: test texts with something behind them; twice as many to train the probe of later places.
       offsets: tokens behind them.
       sampled: tokens that the model writes itself behind its texts; 0 for none.
@@ -73,14 +73,14 @@ class Config:
     limit: int = 0
     folds: int = 5
     sizes: tuple[Literal["S", "M", "L"], ...] = ("S", "M", "L")
-    texts: tuple[int, int, int] = (1050, 210, 420)
+    texts: tuple[int, int, int] = (1050, 210, 630)
     seeds: int = 3
     hidden: int = 128
     batch: int = 64
     epochs: int = 30
     shuffled: bool = True
     shots: int = 200
-    neutral: int = 100
+    neutral: int = 90
     emotional: int = 70
     utterances: int = 140
     offsets: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32, 50, 75, 100, 140, 180)
@@ -120,7 +120,7 @@ PRESETS: dict[str, Config] = {
         emotional=14,
         utterances=21,
         offsets=(0, 8, 32),
-        sampled=16,
+        sampled=0,
     ),
     "cpu": Config(),
     "accel": Config(
@@ -153,14 +153,14 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     metrics: dict[str, Metric] = {}
     drawn: dict[str, dict[str, Any]] = {}
     seeds = jax.vmap(lambda seed: stream(key, "probe", seed))(jnp.arange(config.seeds))
+    corpus = tales_corpus(stream(key, "corpus"), config.texts)
     if config.reader:
         scenarios = scenario_subject(stream(key, "scenarios"), config.reader, config.folds, config.limit or None, log)
         if scenarios is not None:
             own = stream(key, "emotions")
             drawn["emotions"], reading = study(own, seeds, scenarios, config, metrics, log)
-            bend(own, scenarios, reading, config, metrics, drawn["emotions"], log)
+            bend(own, scenarios, corpus, reading, config, metrics, drawn["emotions"], log)
             wait(own, seeds, scenarios, reading, config, metrics, drawn["emotions"])
-    corpus = tales_corpus(stream(key, "corpus"), config.texts)
     drawn["scale"] = {"sizes": config.sizes, "accuracy": [], "fisher": [], "silhouette": []}
     curves = {}
     for size in config.sizes[:-1]:
@@ -176,7 +176,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     drawn["tales"]["curves"] = curves | drawn["tales"]["curves"]
     stages(reading, subject, corpus, metrics)
     leak(own, seeds, subject, corpus, config, metrics)
-    bend(own, subject, reading, config, metrics, drawn["tales"], log)
+    bend(own, subject, corpus, reading, config, metrics, drawn["tales"], log)
     wait(own, seeds, subject, reading, config, metrics, drawn["tales"])
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=draw.all_figures(metrics, drawn))
 
@@ -232,13 +232,17 @@ def study(
         metrics[f"by_depth/{name}/{depth}"] = percent(stream(key, "depth", depth), reading.hits[:, depth])
         metrics[f"f1_by_depth/{name}/{depth}"] = per_seed(macro_f1(reading.predicted[:, depth], truth, classes), "")
 
+    standard = standardised(subject, x)
+    # All texts may end with the same token: then their embeddings are one point, which has no geometry.
+    varies = float(standard[0].std()) > 0.1
     found = {"trained": geometry_of(subject, x), "random": geometry_of(subject, kinds["random weights"])}
     for kind, shape in found.items():
         for depth in range(layers + 1):
+            if depth == 0 and not varies:
+                continue
             metrics[f"silhouette/{name}/{kind}/{depth}"] = Metric(value=float(shape.silhouette[depth]))
             metrics[f"fisher/{name}/{kind}/{depth}"] = Metric(value=float(shape.fisher[depth]))
     by_class = confusion(guess, truth, classes).sum(0)
-    standard = standardised(subject, x)
     return {
         "curves": {label: 100 * hits.mean(-1) for label, hits in curves.items()},
         "names": list(subject.names),
@@ -314,6 +318,7 @@ def leak(
 def bend(
     key: jax.Array,
     subject: Subject,
+    corpus: Tales,
     reading: lab.Reading,
     config: Config,
     metrics: dict[str, Metric],
@@ -321,9 +326,8 @@ def bend(
     log: Log,
 ) -> None:
     """D: instructions before neutral texts, and before emotional ones."""
-    texts = tales.mood_texts(stream(key, "neutral"), len(tales.MOODS) * config.neutral, split="test")
-    flat = np.flatnonzero(np.asarray(texts.labels) == tales.MOODS.index("neutral"))
-    neutral = [tales.tokenizer.decode(texts.tokens[row]) for row in flat]
+    plain = np.flatnonzero((corpus.labels == tales.MOODS.index("neutral")) & (corpus.grouped.of_item == 0))
+    neutral = [corpus.texts[row] for row in plain[: config.neutral]]
     tested = np.flatnonzero(subject.folds.of_item == 0)
     emotional = tested[np.asarray(jax.random.permutation(stream(key, "emotional"), len(tested)))[: config.emotional]]
     found = lab.malleability(subject, reading.chosen(), reading.depth, neutral, emotional)
@@ -356,18 +360,13 @@ def wait(
         for part, at in parts.items()
     }
     length = config.offsets[-1]
-    more = {
-        part: lab.neutral_tokens(stream(key, "filler", part), subject, len(at), length) for part, at in rows.items()
-    }
+    more = lab.neutral_tokens(stream(key, "filler"), subject, rows, length)
     found = lab.persistence(seeds, subject, reading, rows, more, config.offsets, config.probe)
     drawn["persistence"] = found
     report(stream(key, "later"), f"persistence/{name}", found, len(subject.names), metrics)
     if name == "tales" and config.sampled:
         short = {part: at[: config.utterances] for part, at in rows.items()}
-        own = {
-            part: lab.own_tokens(stream(key, "sampled", part), subject, at, config.sampled)
-            for part, at in short.items()
-        }
+        own = lab.own_tokens(stream(key, "sampled"), subject, short, config.sampled)
         offsets = tuple(offset for offset in config.offsets if offset <= config.sampled)
         found = lab.persistence(seeds, subject, reading, short, own, offsets, config.probe, words=True)
         drawn["sampled"] = found

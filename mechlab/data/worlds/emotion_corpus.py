@@ -170,8 +170,8 @@ def _synthesised(key: jax.Array, n: int, split: str) -> list[Row]:
 
 _KINDS = ("event", "behaviour")
 
-_STORIES, _LENGTH, _SENTENCES = 512, 64, 256
-"""Stories drawn at once, their tokens, and neutral sentences to choose from."""
+_STORIES, _LENGTH = 512, 64
+"""Stories drawn at once, and their tokens."""
 
 
 def _persons(split: str) -> np.ndarray:
@@ -206,11 +206,21 @@ def _fill(cue: int, person: int) -> str:
 
 
 def _first_sentence(tokens: np.ndarray) -> np.ndarray:
-    stop = tales.tokenizer.id(".")
-    return tokens[: int(np.argmax(tokens == stop)) + 1]
+    """Up to the first full stop; all tokens where there is none."""
+    stops = np.flatnonzero(tokens == tales.tokenizer.id("."))
+    return tokens[: int(stops[0]) + 1] if stops.size else tokens
 
 
 def _neutral_sentences(key: jax.Array, n: int) -> list[str]:
-    draw, choose = streams(key, "draw choose")
-    told = [tales.tokenizer.decode(_first_sentence(row)) for row in np.asarray(tales.filler(draw, _SENTENCES, 24))]
-    return [told[i] for i in np.asarray(jax.random.randint(choose, (n,), 0, _SENTENCES))]
+    """Neutral sentences of stories, as they come."""
+    neutral, found = tales.STAGES.index("filler"), list[str]()
+    for attempt in range(100):
+        stories = _stories(key, attempt)
+        tokens, inside = np.asarray(stories.tokens), np.asarray(stories.stages) == neutral
+        for row in np.flatnonzero(inside.any(1)):
+            sentence = _first_sentence(tokens[row, np.argmax(inside[row]) :])
+            if tales.VOCABULARY[sentence[-1]] == "." and len(found) < n:
+                found.append(tales.tokenizer.decode(sentence))
+        if len(found) == n:
+            return found
+    raise RuntimeError(f"emotion_corpus: too few neutral sentences, {len(found)} of {n}.")

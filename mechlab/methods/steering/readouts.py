@@ -6,7 +6,8 @@
     logp = label_logprob(model, {"params": params}, prompts, labels)       # (N, K), zero-shot prompting
 
 Depths are the embedding and the stream after each block, before the final norm; many libraries give the last one after
-it. Texts run in chunks of one shape, so each function is compiled once for a model and a width of texts.
+it. Texts run in chunks of one number of rows and of a width rounded up to a multiple of 32, so that few programs are
+compiled.
 """
 
 from __future__ import annotations
@@ -164,6 +165,9 @@ def label_logprob(
     return found / known.lengths if normalise else found
 
 
+_WIDTH = 32
+
+
 def _positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     at = jnp.arange(tokens.shape[1])
     return jnp.where(at < lengths[:, None], at, -1)
@@ -212,8 +216,7 @@ def _label_logprob(
 
 def _in_chunks(read: Callable[[np.ndarray], jax.Array], n: int, batch: int) -> jax.Array:
     """``read`` on chunks of one size; the last repeats its last text instead of compiling a second program."""
-    size = min(batch, n)
-    parts = [read(np.minimum(np.arange(start, start + size), n - 1)) for start in range(0, n, size)]
+    parts = [read(np.minimum(np.arange(start, start + batch), n - 1)) for start in range(0, n, batch)]
     return jnp.concatenate(parts)[:n]
 
 
@@ -226,7 +229,8 @@ def _checked_texts(model: Model, texts: Texts, room: int = 0) -> tuple[np.ndarra
     context = model.module.config.context
     if lengths.max() + room > context:
         raise ValueError(f"texts: the longest needs {lengths.max() + room} tokens, the model's context is {context}.")
-    return tokens[:, : lengths.max()], lengths
+    width = min(context - room, -(-int(lengths.max()) // _WIDTH) * _WIDTH)
+    return np.pad(tokens, ((0, 0), (0, max(0, width - tokens.shape[1]))))[:, :width], lengths
 
 
 def _require_finite(states: Float[Array, "N ... L+1 D"]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The experiment on emotion probes at smoke size: it runs, measures what it says, and judges claims by their criteria."""
+"""The experiment on emotion probes at smoke size: it runs, measures what it says, judges claims by their criteria."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mechlab.reporting.results import Metric, judge_claims
 
 @pytest.fixture(scope="module")
 def result():
-    return run(jax.random.key(0), PRESETS["smoke"], Log())
+    return run(jax.random.key(0), dataclasses.replace(PRESETS["smoke"], sampled=16), Log())
 
 
 def test_smoke_run_judges_what_it_measured(result):

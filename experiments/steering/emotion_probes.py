@@ -229,7 +229,7 @@ def study(
     guess = reading.predicted[:, reading.depth]
     metrics[f"macro_f1/{name}"] = per_seed(macro_f1(guess, truth, classes), "")
     for depth in range(layers + 1):
-        metrics[f"by_depth/{name}/{depth}"] = percent(stream(key, "depth", depth), reading.hits[:, depth])
+        metrics[f"by_depth/{name}/{depth}"] = per_seed(100 * reading.hits[:, depth].mean(1), "%")
         metrics[f"f1_by_depth/{name}/{depth}"] = per_seed(macro_f1(reading.predicted[:, depth], truth, classes), "")
 
     standard = standardised(subject, x)

@@ -291,8 +291,9 @@ def _fit_probe(
         keep = jax.random.bernoulli(key, 1 - config.dropout, (batch, config.hidden)) / (1 - config.dropout)
         return cross_entropy(probe_apply(params, x[rows], keep), y[rows])
 
-    def epoch(state: Any) -> Any:
-        params, moments, best, best_accuracy, waited, number = state
+    def epoch(state: Any, number: jax.Array) -> Any:
+        params, moments, best, best_accuracy, waited, epochs = state
+        # The number of the epoch is no part of the state: batches and dropout are drawn once for all depths.
         shuffled = train[jax.random.permutation(jax.random.fold_in(order, number), len(train))]
 
         def step(carry: Any, i: jax.Array) -> Any:
@@ -304,22 +305,15 @@ def _fit_probe(
 
         (params, moments), _ = jax.lax.scan(step, (params, moments), jnp.arange(len(train) // batch))
         found = (probe_apply(params, x[dev]).argmax(-1) == y[dev]).mean()
-        better = found > best_accuracy
+        # A probe that has stopped goes on beside those that have not, but is no longer looked at.
+        going = waited < config.patience
+        better = (found > best_accuracy) & going
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
-        return (
-            params,
-            moments,
-            best,
-            jnp.maximum(found, best_accuracy),
-            jnp.where(better, 0, waited + 1),
-            number + 1,
-        )
-
-    def going(state: Any) -> jax.Array:
-        return (state[4] < config.patience) & (state[5] < config.epochs)
+        best_accuracy = jnp.where(better, found, best_accuracy)
+        return (params, moments, best, best_accuracy, jnp.where(better, 0, waited + 1), epochs + going), None
 
     start = (params, optimiser.init(params), params, jnp.float32(-1), jnp.int32(0), jnp.int32(0))
-    _, _, best, accuracy, _, epochs = jax.lax.while_loop(going, epoch, start)
+    (_, _, best, accuracy, _, epochs), _ = jax.lax.scan(epoch, start, jnp.arange(config.epochs))
     return Probe(best, mean, deviation, accuracy, epochs)
 
 

@@ -100,25 +100,22 @@ def _fit_lanes(
 
 
 def read_linear(x: jax.Array, y: np.ndarray, folds: Folds, classes: int) -> np.ndarray:
-    """(L + 1, M) hits of the linear probe, logistic regression by Newton's method."""
+    """(M,) hits of the linear probe on features (N, D) of one depth: logistic regression by Newton's method."""
     predicted = np.asarray(_fit_linear(x, jnp.asarray(y), jnp.asarray(folds.train), classes=classes))
     test = folds.test
-    return predicted[folds.of_item[test], :, test].T == np.asarray(y)[test]
+    return predicted[folds.of_item[test], test] == np.asarray(y)[test]
 
 
 @functools.partial(jax.jit, static_argnames=("classes",))
 def _fit_linear(x: jax.Array, y: jax.Array, train: jax.Array, *, classes: int) -> jax.Array:
-    def of_depth(x: jax.Array) -> jax.Array:
-        def of_fold(train: jax.Array) -> jax.Array:
-            seen = x[train]
-            standard = emo.standardise(x, seen.mean(0), seen.std(0))
-            probe = fit_logistic(standard[train], y[train], classes=classes, steps=LINEAR_STEPS)
-            return probe(standard).argmax(-1)
-
-        return jax.lax.map(of_fold, train)
+    def of_fold(train: jax.Array) -> jax.Array:
+        seen = x[train]
+        standard = emo.standardise(x, seen.mean(0), seen.std(0))
+        probe = fit_logistic(standard[train], y[train], classes=classes, steps=LINEAR_STEPS)
+        return probe(standard).argmax(-1)
 
     # One Hessian at a time: (K (D + 1))^2 numbers, of N D K^2 while it is made.
-    return jnp.moveaxis(jax.lax.map(of_depth, jnp.moveaxis(x, 1, 0)), 0, 1)
+    return jax.lax.map(of_fold, train)
 
 
 def count_words(texts: Sequence[str]) -> np.ndarray:
@@ -295,6 +292,24 @@ def neutral_tokens(key: jax.Array, subject: Subject, rows: dict[str, np.ndarray]
     return _by_part(np.asarray([ids[:length] for ids in told]), rows)
 
 
+def ask_later(subject: Subject, rows: np.ndarray, more: np.ndarray, offset: int) -> np.ndarray:
+    """(N,) hits of the model asked behind its texts and at most ``offset`` tokens (whole sentences) of what follows.
+
+    Whether the model still knows, which is not the same as whether every later token carries it.
+    """
+    stop = tales.tokenizer.id(".")
+    prompts = []
+    for row, ids in zip(rows, more, strict=True):
+        ends = np.flatnonzero(ids[:offset] == stop)
+        between = ids[: ends[-1] + 1] if ends.size else ids[:0]
+        question = subject.tokenizer.encode(subject.question.format(name=subject.persons[row]), bos=False)
+        prompts.append([*subject.tokenizer.encode(subject.texts[row]), *between, *question])
+    scores = label_logprob(
+        subject.model, {"params": subject.params}, pad([list(map(int, ids)) for ids in prompts]), subject.answers()
+    )
+    return np.asarray(scores).argmax(1) == subject.labels[rows]
+
+
 def _by_part(drawn: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     ends = np.cumsum([len(at) for at in rows.values()])
     return dict(zip(rows, np.split(drawn, ends[:-1]), strict=True))
@@ -309,6 +324,7 @@ def own_tokens(key: jax.Array, subject: Subject, rows: dict[str, np.ndarray], le
 
 
 def persistence(
+    key: jax.Array,
     keys: jax.Array,
     subject: Subject,
     reading: Reading,
@@ -322,6 +338,7 @@ def persistence(
     """What is read p tokens behind the texts.
 
     Args:
+      key: of the shuffled pairs.
       keys: (S,) of the probes.
       subject, reading: fold 0's probes at the chosen depth.
       rows: texts by part: "test", and "train" and "dev" for the probe that is trained behind texts.
@@ -338,7 +355,7 @@ def persistence(
     labels = {part: subject.labels[at] for part, at in rows.items()}
     x, y = found["test"], labels["test"]
     # Pairs of text and continuation, mixed: each class as often as before.
-    others = y[np.asarray(jax.random.permutation(stream(keys[0], "shuffled"), len(y)))]
+    others = y[np.asarray(jax.random.permutation(key, len(y)))]
 
     def hits(probes: emo.Probe) -> tuple[np.ndarray, np.ndarray]:
         read = np.asarray(jax.vmap(lambda probe: jax.vmap(probe, 1)(x).argmax(-1))(probes))

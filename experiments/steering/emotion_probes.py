@@ -26,6 +26,15 @@ from experiments.measures import per_seed, percent, points
 from experiments.steering import _emotion_probes_figures as draw
 from experiments.steering import _emotion_probes_lab as lab
 from experiments.steering._emotion_probes_claims import CLAIMS
+from experiments.steering._emotion_probes_measures import (
+    LATER,
+    geometry_of,
+    measure_scale,
+    peak,
+    report,
+    stages,
+    standardised,
+)
 from experiments.steering._emotion_probes_subjects import (
     Subject,
     Tales,
@@ -37,16 +46,12 @@ from mechlab.analysis.linalg import pca, project
 from mechlab.analysis.metrics import confusion, macro_f1
 from mechlab.core.rng import stream
 from mechlab.data.worlds import tales
-from mechlab.data.worlds.emotion_corpus import STAGES
 from mechlab.methods.steering import emotion_probes as emo
 from mechlab.models.subjects import SIZES
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
 
 __all__ = ["CLAIMS", "PRESETS", "Config", "run"]
-
-LATER = 100
-"""Tokens behind a text at which persistence is judged, or the last offset before."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,6 +175,9 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         small = lab.read(seeds, x, subject.labels, subject.folds, len(subject.names), config.probe)
         measure_scale(size, small, geometry_of(subject, x), metrics, drawn["scale"])
         curves[f"tales-{size}"] = 100 * small.hits.mean(-1)
+        x = lab.features(subject, subject.params, "mean")
+        pooled = lab.read(seeds, x, subject.labels, subject.folds, len(subject.names), config.probe)
+        metrics[f"scale/mean_pool/{size}"] = per_seed(100 * pooled.at_depth.mean(1), "%")
     own, subject = stream(key, "tales"), tales_subject(config.sizes[-1], corpus)
     drawn["tales"], reading = study(own, seeds, subject, config, metrics, log)
     measure_scale(config.sizes[-1], reading, drawn["tales"]["geometry"], metrics, drawn["scale"])
@@ -207,7 +215,7 @@ def study(
     control = fit(x, np.asarray(emo.control_labels(stream(key, "control"), subject.groups, classes)))
     arms["control"] = control.hits[:, reading.depth]
     log.say(f"{name}: linear probes, words, prompts")
-    arms["linear"] = lab.read_linear(x, subject.labels, folds, classes)[None, reading.depth]
+    arms["linear"] = lab.read_linear(x[:, reading.depth], subject.labels, folds, classes)[None]
     arms["words"] = lab.read_words(lab.count_words(subject.texts), subject.labels, folds, classes)[None]
     arms["majority"] = (truth == np.bincount(truth).argmax())[None]
     asked = lab.ask(stream(key, "ask"), subject, config.shots)
@@ -251,54 +259,9 @@ def study(
         "geometry": found["trained"],
         "maps": {
             label: np.asarray(project(standard[depth], pca(standard[depth], 2)))
-            for label, depth in {"embedding": 0, f"layer {reading.depth}": reading.depth, "end": layers}.items()
+            for label, depth in {f"depth {depth}": depth for depth in (int(not varies), reading.depth, layers)}.items()
         },
     }, reading
-
-
-def standardised(subject: Subject, x: jax.Array) -> jax.Array:
-    """(L + 1, M, D) features of tested texts, by the mean and deviation of fold 0's training texts."""
-    seen = x[subject.folds.train[0]]
-    return jnp.moveaxis(emo.standardise(x[subject.folds.test], seen.mean(0), seen.std(0)), 1, 0)
-
-
-def geometry_of(subject: Subject, x: jax.Array) -> emo.Geometry:
-    """Of tested texts at every depth."""
-    return _geometry(standardised(subject, x), subject.labels[subject.folds.test], len(subject.names))
-
-
-_geometry = jax.jit(emo.geometry, static_argnums=2)
-
-
-def peak(key: jax.Array, hits: np.ndarray, resamples: int = 1000) -> Metric:
-    """The relative depth (0 to 1) with the most hits (S, L + 1, M); the interval is a bootstrap over texts."""
-    means = jnp.asarray(hits.mean(0), jnp.float32)
-    drawn = jax.random.randint(key, (resamples, means.shape[1]), 0, means.shape[1])
-    best = np.asarray(jax.lax.map(lambda rows: means[:, rows].mean(1).argmax(), drawn)) / (len(means) - 1)
-    low, high = np.quantile(best, [0.025, 0.975])
-    value = float(means.mean(1).argmax()) / (len(means) - 1)
-    # Where depths are nearly equal the largest may lie outside of the quantiles of its draws.
-    return Metric(value=value, ci95=(min(low, value), max(high, value)), n=means.shape[1], unit="of the layers")
-
-
-def measure_scale(
-    size: str, reading: lab.Reading, shape: emo.Geometry, metrics: dict[str, Metric], scale: dict[str, Any]
-) -> None:
-    """Accuracy of every probe seed, and the geometry, at this size's depth."""
-    metrics[f"scale/accuracy/{size}"] = per_seed(100 * reading.at_depth.mean(1), "%")
-    for name in ("fisher", "silhouette"):
-        value = float(getattr(shape, name)[reading.depth])
-        metrics[f"scale/{name}/{size}"] = Metric(value=value)
-        scale[name].append(value)
-    metrics[f"scale/depth/{size}"] = Metric(value=reading.depth, unit="depth")
-    scale["accuracy"].append(100 * reading.at_depth.mean(1))
-
-
-def stages(reading: lab.Reading, subject: Subject, corpus: Tales, metrics: dict[str, Metric]) -> None:
-    """Accuracy on the texts of each stage of the corpus: what was found, rewritten and made up."""
-    of_test = corpus.stages[subject.folds.test]
-    for index, stage in enumerate(STAGES):
-        metrics[f"stage/{stage}"] = per_seed(100 * reading.at_depth[:, of_test == index].mean(1), "%")
 
 
 def leak(
@@ -332,7 +295,9 @@ def bend(
     emotional = tested[np.asarray(jax.random.permutation(stream(key, "emotional"), len(tested)))[: config.emotional]]
     found = lab.malleability(subject, reading.chosen(), reading.depth, neutral, emotional)
     for k, mood in enumerate(subject.names):
-        metrics[f"shift/{subject.name}/{mood}"] = per_seed(found.shift[:, found.prompts.index(mood), k], "probability")
+        asked, flat = (found.shift[:, found.prompts.index(prompt), k] for prompt in (mood, "flat"))
+        metrics[f"shift/{subject.name}/{mood}"] = per_seed(asked, "probability")
+        metrics[f"shift_from_flat/{subject.name}/{mood}"] = per_seed(asked - flat, "probability")
     diagonal = [metrics[f"shift/{subject.name}/{mood}"].value > 0 for mood in subject.names if mood != "neutral"]
     metrics[f"shifts_up/{subject.name}"] = Metric(value=sum(diagonal), n=len(diagonal), unit="instructions")
     for index, side in enumerate(("prompt", "text")):
@@ -361,34 +326,19 @@ def wait(
     }
     length = config.offsets[-1]
     more = lab.neutral_tokens(stream(key, "filler"), subject, rows, length)
-    found = lab.persistence(seeds, subject, reading, rows, more, config.offsets, config.probe)
+    found = lab.persistence(stream(key, "pairs"), seeds, subject, reading, rows, more, config.offsets, config.probe)
     drawn["persistence"] = found
+    if name == "tales":
+        for offset in (0, int(max(p for p in config.offsets if p <= LATER))):
+            asked = lab.ask_later(subject, rows["test"], more["test"], offset)
+            metrics[f"persistence/tales/asked/{offset}"] = percent(stream(key, "asked", offset), asked[None])
     report(stream(key, "later"), f"persistence/{name}", found, len(subject.names), metrics)
     if name == "tales" and config.sampled:
         short = {part: at[: config.utterances] for part, at in rows.items()}
         own = lab.own_tokens(stream(key, "sampled"), subject, short, config.sampled)
         offsets = tuple(offset for offset in config.offsets if offset <= config.sampled)
-        found = lab.persistence(seeds, subject, reading, short, own, offsets, config.probe, words=True)
+        found = lab.persistence(
+            stream(key, "pairs sampled"), seeds, subject, reading, short, own, offsets, config.probe, words=True
+        )
         drawn["sampled"] = found
         report(stream(key, "sampled later"), f"sampled/{name}", found, len(subject.names), metrics)
-
-
-def report(key: jax.Array, name: str, found: lab.Persistence, classes: int, metrics: dict[str, Metric]) -> None:
-    """Curves at every offset, half-lives, and the comparison with shuffled pairs about 100 tokens later."""
-    at = max(p for p, offset in enumerate(found.offsets) if offset <= LATER)
-    metrics[f"{name}/offset"] = Metric(value=found.offsets[at], unit="tokens")
-    kinds = {"early_probe": (found.early, found.shuffled)}
-    if found.late is not None and found.late_shuffled is not None:
-        kinds["late_probe"] = (found.late, found.late_shuffled)
-    for kind, (hits, others) in kinds.items():
-        metrics[f"{name}/{kind}"] = percent(stream(key, kind), hits[:, at])
-        metrics[f"{name}/{kind}_over_shuffled"] = points(stream(key, kind, "over"), hits[:, at], others[:, at])
-        for p, offset in enumerate(found.offsets):
-            metrics[f"{name}/{kind}/{offset}"] = per_seed(100 * hits[:, p].mean(1), "%")
-        half = emo.half_life(hits.mean((0, 2)), found.offsets, classes)
-        if np.isfinite(half):
-            metrics[f"{name}/{kind}/half_life"] = Metric(value=half, unit="tokens")
-    if "late_probe" in kinds:
-        metrics[f"{name}/over_shuffled"] = metrics[f"{name}/late_probe_over_shuffled"]
-    if found.words is not None:
-        metrics[f"{name}/words"] = percent(stream(key, "words"), found.words[None])

@@ -10,7 +10,8 @@ import pytest
 
 from experiments.steering import _emotion_probes_lab as lab
 from experiments.steering import _emotion_probes_subjects as subjects
-from experiments.steering.emotion_probes import CLAIMS, PRESETS, Config, peak, run
+from experiments.steering._emotion_probes_measures import peak
+from experiments.steering.emotion_probes import CLAIMS, PRESETS, Config, run
 from mechlab.data.sources import EMOTIONS, STORIES260K, available
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, judge_claims
@@ -44,6 +45,8 @@ def test_smoke_run_measures_what_it_says(result):
     np.testing.assert_allclose(embed.value, 100 / 7, atol=1e-3)
     assert metrics["accuracy/tales/ungrouped"].value > probe.value
     assert metrics["persistence/tales/offset"].value == 32
+    # Behind nothing, the later question is the question.
+    assert metrics["persistence/tales/asked/0"].n == 21 and "persistence/tales/asked/32" in metrics
 
 
 def test_smoke_run_draws_its_figures(result):
@@ -64,7 +67,7 @@ def test_scenarios_are_studied_where_they_are_on_this_machine():
         assert not tested & set(subject.folds.train[fold].tolist()) and not groups[0] & groups[1]
     assert len(subject.answers()) == 6 and subject.ask(0).endswith("You feel very")
     words = lab.read_words(lab.count_words(subject.texts), subject.labels, subject.folds, 6)
-    assert words.mean() > 0.35
+    assert words.mean() > 0.25
 
 
 def test_missing_data_are_named(monkeypatch, tmp_path):

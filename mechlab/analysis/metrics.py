@@ -183,6 +183,18 @@ def macro_f1(predicted: Int[ArrayLike, "... N"], labels: Int[ArrayLike, " N"], c
     return (2 * true / jnp.maximum(guess.sum(-2) + truth.sum(-2), 1)).mean(-1)
 
 
+def confusion(
+    predicted: Int[ArrayLike, "... N"], labels: Int[ArrayLike, " N"], classes: int
+) -> Float[Array, "... C C"]:
+    """How many items of each class (rows) were predicted as each class (columns).
+
+    >>> confusion(jnp.array([0, 1, 1]), jnp.array([0, 0, 1]), 2).tolist()
+    [[1.0, 1.0], [0.0, 1.0]]
+    """
+    guess, truth = (jax.nn.one_hot(x, classes, axis=-1) for x in (predicted, labels))
+    return jnp.einsum("nt,...np->...tp", truth, guess)
+
+
 def jensen_shannon(p: Float[ArrayLike, "... V"], q: Float[ArrayLike, "... V"]) -> Float[Array, "..."]:
     """Jensen-Shannon divergence of two distributions given by their logits, nats, in [0, log 2].
 

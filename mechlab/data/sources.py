@@ -148,6 +148,25 @@ GSM8K = Source(
 )
 
 
+_EMOTIONS_ADDRESS = "https://raw.githubusercontent.com/andyzoujm/representation-engineering/main/data/emotions/"
+
+#: 1,250 scenarios of a sentence for six emotions, from representation engineering (arXiv 2310.01405; MIT).
+EMOTIONS = Source(
+    name="emotions",
+    files={
+        f"{emotion}.json": (f"{_EMOTIONS_ADDRESS}{emotion}.json", digest)
+        for emotion, digest in (
+            ("anger", "4577af8b0c62b18e3f06fb96883e95ed7b776f0809f605bfe792e438fe1832df"),
+            ("disgust", "3532b5d3c3701ad23c799dd436a86db81b716ecd41b35e890e2fb2ae4a80dfff"),
+            ("fear", "cf791978f94f62ec617480a646f3a16d38aaf594a385c698bec08bf32747ee2b"),
+            ("happiness", "3dedefdc819007074a1a53c7a606d1e5661ac0cc19984212aa809c3a9f6bb646"),
+            ("sadness", "999065615aac1bfb95c5cec054965f9abf17f36d59c7a779916eb28eb3f4ea24"),
+            ("surprise", "43d90c0bbf755c789373286e35bc522461f9fe960fb5e3c5586a1749e19c7812"),
+        )
+    },
+)
+
+
 def locate(source: Source, *, download: bool = True) -> Path:
     """The folder that holds every file of ``source``, verified; downloads what is missing.
 

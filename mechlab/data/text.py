@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mechlab.core.errors import UserError, did_you_mean, unknown
-from mechlab.data.sources import GSM8K, TINYSHAKESPEARE, WIKITEXT2, locate
+from mechlab.data.sources import EMOTIONS, GSM8K, TINYSHAKESPEARE, WIKITEXT2, locate
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -259,6 +259,27 @@ def load_problems(*, download: bool = True) -> tuple[list[tuple[str, str]], list
         return [(line["question"], line["answer"]) for line in lines]
 
     return read("train"), read("test")
+
+
+def load_emotions(*, download: bool = True) -> tuple[list[str], Int[np.ndarray, " N"], tuple[str, ...]]:
+    """Scenarios for six emotions (Zou et al. 2023, arXiv 2310.01405): "Someone takes credit for your hard work."
+
+    Args:
+      download: fetch them if they are not on this machine.
+
+    Returns:
+      N = 1,250 texts, each with its class, and the names of the classes. A text that comes twice is kept once.
+
+    Raises:
+      MissingData, CorruptData: as ``data.sources.locate``.
+    """
+    folder = locate(EMOTIONS, download=download)
+    names = tuple(file.removesuffix(".json") for file in EMOTIONS.files)
+    found: dict[str, int] = {}
+    for label, name in enumerate(names):
+        for line in json.loads((folder / f"{name}.json").read_text()):
+            found.setdefault(" ".join(line.split()), label)
+    return list(found), np.asarray(list(found.values()), np.int32), names
 
 
 def rows_of(ids: ArrayLike, length: int) -> Int[np.ndarray, "N T"]:

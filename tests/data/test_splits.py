@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechlab.data import split_indices
+from mechlab.data.splits import group_folds
 
 
 @settings(max_examples=12)  # every size compiles anew
@@ -45,3 +47,20 @@ def test_vmap_over_seeds_equals_a_loop() -> None:
 def test_bad_sizes_are_refused(sizes: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"sizes: .*{message}"):
         split_indices(jax.random.key(0), 10, sizes)
+
+
+def test_group_folds_cut_no_group_and_are_of_like_size():
+    groups = np.repeat(np.arange(40), np.arange(40) % 5 + 1)
+    fold = group_folds(jax.random.key(3), groups, 5)
+    assert all(len(set(fold[groups == group])) == 1 for group in range(40))
+    sizes = np.bincount(fold, minlength=5)
+    assert sizes.max() - sizes.min() <= 5
+    assert (group_folds(jax.random.key(3), groups, 5) == fold).all()
+    assert (group_folds(jax.random.key(4), groups, 5) != fold).any()
+
+
+def test_group_folds_refuse_what_leaves_a_fold_empty():
+    with pytest.raises(ValueError, match="wanted 2 up to the 3 groups, got 4"):
+        group_folds(jax.random.key(0), [0, 1, 2], 4)
+    with pytest.raises(ValueError, match="empty"):
+        group_folds(jax.random.key(0), [0] * 20 + [1, 2], 3)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechlab.core.errors import UnknownName
-from mechlab.data.text import ByteTokenizer, WordTokenizer, load_text, rows_of, train_bpe
+from mechlab.data.text import ByteTokenizer, WordTokenizer, load_emotions, load_text, rows_of, train_bpe
 
 WORDS = ("<pad>", "<bos>", ".", ",", "?", ":", "“", "”", "tom", "mia", "i", "ran", "where", "is", "it", "asked")
 small = WordTokenizer(words=WORDS, proper=frozenset({"tom", "mia"}))
@@ -111,6 +111,14 @@ def test_real_texts_have_two_parts(name: str, sizes: tuple[int, int], data_dir: 
 def test_wikitext_is_read_as_published(data_dir: Path) -> None:
     train, test = load_text("wikitext", download=False)
     assert "<unk>" in train and "<unk>" in test and train[:500] != test[:500]
+
+
+def test_emotions_are_scenarios_of_six_classes_each_once(data_dir: Path) -> None:
+    texts, labels, names = load_emotions(download=False)
+    assert names == ("anger", "disgust", "fear", "happiness", "sadness", "surprise")
+    assert len(texts) == len(set(texts)) == len(labels) and len(texts) > 1200
+    assert np.bincount(labels).min() > 195
+    assert texts[0] == "Someone takes credit for your hard work at the office." and labels[0] == 0
 
 
 def test_an_unknown_text_is_refused() -> None:

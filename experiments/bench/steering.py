@@ -30,7 +30,8 @@ from rich.table import Table
 from experiments.bench._peers import Peer, machine, running
 from experiments.bench._timing import describe, interleave, ratio
 from mechlab.core.model import Model
-from mechlab.methods.steering.vectors import SteeringVector, Texts, dose_grid, steer
+from mechlab.methods.steering.doses import dose_grid
+from mechlab.methods.steering.vectors import SteeringVector, Texts, steer
 from mechlab.models import hub
 from mechlab.models.generate import generate
 from mechlab.models.transformer import gpt2, transformer

@@ -28,11 +28,10 @@ from mechlab.core.rng import stream, streams
 from mechlab.data.sources import MissingData
 from mechlab.data.worlds import reasoning
 from mechlab.methods.steering import repe_reasoning as repe
+from mechlab.methods.steering.doses import dose_cells, dose_grid
 from mechlab.methods.steering.vectors import (
     SteeringVector,
     Texts,
-    dose_cells,
-    dose_grid,
     last_states,
     random_vectors,
 )

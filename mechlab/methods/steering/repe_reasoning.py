@@ -32,7 +32,8 @@ import numpy as np
 from mechlab.analysis.directions import pca_direction
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
 from mechlab.core.model import Model
-from mechlab.methods.steering.vectors import SITE, SteeringVector, Texts, describe, dose_grid, steer
+from mechlab.methods.steering.doses import dose_grid
+from mechlab.methods.steering.vectors import SITE, SteeringVector, Texts, describe, steer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -83,7 +83,7 @@ class Grid(NamedTuple):
 
     names: list[str]
     items: Items
-    listed: np.ndarray
+    listed: jax.Array
 
     @property
     def hits(self) -> np.ndarray:
@@ -257,7 +257,7 @@ def on_grid(
         strengths=np.asarray(alphas),
         tokens=items.answers,
     )
-    return Grid(list(vectors), items, np.asarray(found))
+    return Grid(list(vectors), items, found)
 
 
 def on_cells(

@@ -102,7 +102,10 @@ def story_task(kind: str, vocabulary: Any) -> Task:
     """
 
     def first_piece(word: str) -> int:
-        return int(vocabulary.encode(f"x {word}")[2])
+        return int(vocabulary.encode(f"x {word}")[len(vocabulary.encode("x"))])
+
+    # Answers are told apart by their first piece, so of things that share it one is left.
+    things = list({first_piece(thing): thing for thing in THINGS}.values())
 
     def draw(key: jax.Array, n: int, pool: str, level: int) -> Items:
         part = slice(4 * POOLS.index(pool), 4 * POOLS.index(pool) + 4)
@@ -113,9 +116,9 @@ def story_task(kind: str, vocabulary: Any) -> Task:
         for which in right:
             if kind == "mood":
                 name, event = rng.choice(NAMES), rng.choice((HAPPY, SAD)[which][part])
-                text, words = f"{name} {event}. {name} was very", ("happy", "sad")
+                text, words = f"{name} {event}. {name} was very", ["happy", "sad"]
             else:
-                names, words = rng.permutation(NAMES[part])[:2], rng.permutation(THINGS)[:2]
+                names, words = rng.permutation(NAMES[part])[:2], rng.permutation(things)[:2].tolist()
                 told = " ".join(f"{name} had a {thing}." for name, thing in zip(names, words, strict=True))
                 text = f"One day, {told} {names[which]} played with the"
             rows.append(vocabulary.encode(text))

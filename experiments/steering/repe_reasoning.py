@@ -249,7 +249,7 @@ def best_places(
     places, worths = {}, {}
     for name, of_vector in zip(grid.names, worth, strict=True):
         k, a = np.unravel_index(of_vector.argmax(), of_vector.shape)
-        places[name] = layers[k], alphas[moved[a]]
+        places[name] = layers[int(k)], alphas[int(moved[a])]
         worths[name] = float(of_vector[k, a])
     return places, worths
 

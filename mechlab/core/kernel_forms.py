@@ -62,9 +62,9 @@ class LowRank:
     Under ``vmap`` over A and B alone, W is used once for all of them.
 
     Attributes:
-      kernel: W, (..., *in, *out) behind any layer axes, or quantised.
-      a: (..., *in, r).
-      b: (..., r, *out).
+      kernel: W, ``(*in, *out)`` behind any layer axes, or quantised.
+      a: ``(..., *in, r)``.
+      b: ``(..., r, *out)``.
     """
 
     kernel: Float[Array, "... I O"] | QTensor

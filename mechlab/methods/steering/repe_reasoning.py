@@ -182,7 +182,7 @@ def alpha_sweep(
     alphas: Float[ArrayLike, " A"],
     *,
     normalize: bool = False,
-) -> Float[np.ndarray, "A N V"]:
+) -> Float[Array, "A N V"]:
     """Logits of the next token for every alpha, in one program: ``dose_grid`` of one vector and one layer.
 
     Args:

@@ -77,7 +77,7 @@ class Config:
     hidden: int = 256
     bases: int = 1
     seeds: int = 3
-    source_steps: int = 800
+    source_steps: int = 1600
     source_batch: int = 64
     examples: int = 400
     held_out: int = 200

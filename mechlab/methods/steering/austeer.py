@@ -35,7 +35,7 @@ from mechlab.analysis.metrics import jensen_shannon
 from mechlab.core import select
 from mechlab.core.edits import Scale, at
 from mechlab.core.model import Model, Variables
-from mechlab.methods.steering.vectors import Texts, last_states
+from mechlab.methods.steering.vectors import Texts, last_states, steered_logits
 from mechlab.models.layers import linear
 
 if TYPE_CHECKING:
@@ -264,31 +264,6 @@ def fold_au_into_params(model: Model, params: Any, mask: Float[ArrayLike, "L D"]
         return changed.astype(leaf.dtype)
 
     return select.put(params, {name: scaled(leaf) for name, leaf in found.items()})
-
-
-def steered_logits(
-    model: Model,
-    params: Any,
-    edits: dict[str, Any],
-    texts: Texts,
-    tokens: Int[ArrayLike, "N A"] | None = None,
-) -> Float[Array, "N V"]:
-    """Logits after the last token of each text, under edits; pure, so that grids are ``sweep`` or ``vmap`` over masks.
-
-    Args:
-      model, params: the decoder.
-      edits: such as ``au_edits`` gives; empty for the model itself.
-      texts: N prompts.
-      tokens: (N, A), whose logits are kept; all V by default.
-
-    Returns:
-      (N, V) or (N, A) float32.
-    """
-    at_tokens = jnp.arange(texts.tokens.shape[1])
-    positions = jnp.where(at_tokens < texts.lengths[:, None], at_tokens, -1)
-    variables = {"params": params, "edits": edits}
-    logits = model.apply(variables, texts.tokens, positions, None, None, texts.lengths - 1)[:, 0]
-    return logits if tokens is None else jnp.take_along_axis(logits, jnp.asarray(tokens), axis=-1)
 
 
 def alpha_slope(

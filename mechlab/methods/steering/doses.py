@@ -121,8 +121,7 @@ def _cell(model: Model, params: Any, texts: Texts, kept: jax.Array | None, renor
     """Logits (N, C) of (vector (L, D), strength, layer), from an unsteered run that all cells share."""
     variables = {"params": params}
     last = texts.lengths - 1
-    at_tokens = jnp.arange(texts.tokens.shape[1])
-    positions = jnp.where(at_tokens < texts.lengths[:, None], at_tokens, -1)
+    positions = texts.positions
     clean = model.capture(variables, texts.tokens, positions, sites=(SITE,))[1][SITE]
 
     def cell(vector: jax.Array, strength: jax.Array, layer: jax.Array) -> jax.Array:

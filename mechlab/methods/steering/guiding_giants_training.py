@@ -23,6 +23,7 @@ import optax
 from mechlab.core.model import Model, Variables
 from mechlab.core.rng import require_typed
 from mechlab.methods.steering.guiding_giants import Steered, controller_apply, steering
+from mechlab.methods.steering.vectors import Texts
 from mechlab.models.generate import new_cache
 
 if TYPE_CHECKING:
@@ -226,10 +227,8 @@ def _through_answers(
 ) -> tuple[jax.Array, Any]:
     """``step(tokens, positions, types, cache, read)`` -> logits, cache, aux over a prompt, then token by token."""
     batch, length = tokens.shape
-    at_tokens = jnp.arange(length)
     cache = new_cache(model, batch, length + answers.shape[1])
-    positions = jnp.where(at_tokens < lengths[:, None], at_tokens, -1)
-    logits, cache, aux = step(tokens, positions, None, cache, lengths - 1)
+    logits, cache, aux = step(tokens, Texts(tokens, lengths).positions, None, cache, lengths - 1)
 
     def one(carry: Any, token: jax.Array) -> Any:
         cache, position = carry

@@ -168,14 +168,9 @@ def label_logprob(
 _WIDTH = 32
 
 
-def _positions(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-    at = jnp.arange(tokens.shape[1])
-    return jnp.where(at < lengths[:, None], at, -1)
-
-
 def _depths(model: Model, variables: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
     """(L + 1, B, T, D) float32."""
-    positions = _positions(tokens, lengths)
+    positions = Texts(tokens, lengths).positions
     acts = model.capture(variables, tokens, positions, sites=("embed", "resid_post"))[1]
     return jnp.concatenate([acts["embed"][None], acts["resid_post"]]).astype(jnp.float32)
 
@@ -198,7 +193,7 @@ def _label_logprob(
 ) -> jax.Array:
     batch, width = len(tokens), labels.shape[1]
     cache = new_cache(model, batch, tokens.shape[1] + width)
-    logits, cache = model.apply(variables, tokens, _positions(tokens, lengths), None, cache, lengths - 1)
+    logits, cache = model.apply(variables, tokens, Texts(tokens, lengths).positions, None, cache, lengths - 1)
     first = jax.nn.log_softmax(logits)
     at = jnp.arange(width)
 

@@ -33,7 +33,7 @@ from mechlab.analysis.directions import pca_direction
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
 from mechlab.core.model import Model
 from mechlab.methods.steering.doses import dose_grid
-from mechlab.methods.steering.vectors import SITE, SteeringVector, Texts, describe, steer
+from mechlab.methods.steering.vectors import SITE, SteeringVector, Texts, describe, steer, steered_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -225,15 +225,12 @@ def margin_slopes(
     Returns:
       Margins (N,), nats, and slopes (S, N), nats per unit of alpha.
     """
-    at_tokens = jnp.arange(texts.tokens.shape[1])
-    positions = jnp.where(at_tokens < texts.lengths[:, None], at_tokens, -1)
 
     @jax.jit
     def slopes(params: Any, vectors: jax.Array, layers: jax.Array) -> tuple[jax.Array, jax.Array]:
         def along(v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
             def margin(alpha: jax.Array) -> jax.Array:
-                variables = {"params": params, "edits": control_edits(model, v, layer, alpha)}
-                logits = model.apply(variables, texts.tokens, positions, None, None, texts.lengths - 1)[:, 0]
+                logits = steered_logits(model, params, control_edits(model, v, layer, alpha), texts)
                 return log_odds(candidate_scores(logits, answers), right)
 
             return jax.jvp(margin, (jnp.zeros(()),), (jnp.ones(()),))

@@ -27,6 +27,7 @@ from mechlab.models.generate import TextTokenizer
 from mechlab.training.checkpoints import load_edits, save_edits
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Int
 
 SITE = "resid_post"
@@ -42,6 +43,12 @@ class Texts(NamedTuple):
 
     tokens: Int[Array, "N T"]
     lengths: Int[Array, " N"]
+
+    @property
+    def positions(self) -> Int[Array, "N T"]:
+        """0, 1, ... in every text, and -1 behind its end: what a model takes as padding."""
+        at_tokens = jnp.arange(self.tokens.shape[1])
+        return jnp.where(at_tokens < jnp.asarray(self.lengths)[:, None], at_tokens, -1)
 
 
 class Contrast(NamedTuple):
@@ -132,9 +139,7 @@ def last_states(
 
     @jax.jit
     def read(variables: Variables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        at_tokens = jnp.arange(tokens.shape[1])
-        positions = jnp.where(at_tokens < lengths[:, None], at_tokens, -1)
-        acts = model.capture(variables, tokens, positions, sites=(site,))[1][site]
+        acts = model.capture(variables, tokens, Texts(tokens, lengths).positions, sites=(site,))[1][site]
         return jnp.moveaxis(acts[:, jnp.arange(len(tokens)), lengths - 1], 1, 0).astype(jnp.float32)
 
     def at_rows(start: int) -> jax.Array:
@@ -220,6 +225,29 @@ def steer(
     kind = AddRenormed if renorm else Add
     edit = kind(strength * vector.values)
     return at(model.sites, vector.site, edit, layer=layer, position=position, span=span, stacked=True)
+
+
+def steered_logits(
+    model: Model,
+    params: Any,
+    edits: dict[str, Any],
+    texts: Texts,
+    tokens: Int[ArrayLike, "N A"] | None = None,
+) -> Float[Array, "N V"]:
+    """Logits after the last token of each text, under edits; pure, so that grids are ``sweep`` or ``vmap`` over masks.
+
+    Args:
+      model, params: the decoder.
+      edits: such as ``steer`` gives; empty for the model itself.
+      texts: N prompts.
+      tokens: (N, A), whose logits are kept; all V by default.
+
+    Returns:
+      (N, V) or (N, A) float32.
+    """
+    variables = {"params": params, "edits": edits}
+    logits = model.apply(variables, texts.tokens, texts.positions, None, None, texts.lengths - 1)[:, 0]
+    return logits if tokens is None else jnp.take_along_axis(logits, jnp.asarray(tokens), axis=-1)
 
 
 def require_fit(model: Model, vector: SteeringVector) -> None:

@@ -34,6 +34,7 @@ from mechlab.methods.steering.vectors import (
     Texts,
     last_states,
     random_vectors,
+    steered_logits,
 )
 from mechlab.models.generate import generate
 from mechlab.models.subjects import load_stories260k, load_tales
@@ -176,12 +177,10 @@ def train_decoders(key: jax.Array, config: Any, tasks: tuple[str, ...], log: Log
     return model, [jax.tree.map(lambda leaf, i=i: leaf[i], trained) for i in range(config.seeds)]
 
 
+@functools.partial(jax.jit, static_argnames="model")
 def logits_of(model: Model, params: Any, texts: Texts) -> jax.Array:
     """(N, V) after the last token of each text."""
-    apply = jax.jit(
-        lambda params, texts: model.apply({"params": params}, texts[0], None, None, None, texts[1] - 1)[:, 0]
-    )
-    return apply(params, tuple(texts))
+    return steered_logits(model, params, {}, texts)
 
 
 def right_of(logits: jax.Array, items: Items) -> np.ndarray:

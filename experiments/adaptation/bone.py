@@ -64,7 +64,7 @@ class Config:
     block: int = 4
     blocks: tuple[int, ...] = ()
     seeds: int = 3
-    steps: int = 150
+    steps: int = 100
     batch: int = 8
     length: int = 64
     prompt: int = 24

@@ -74,7 +74,7 @@ def bottleneck(runs: Mapping[tuple[str, str], Mapping[str, Any]], target: str) -
         for axes, (wanted, found) in zip(row, shown, strict=True):
             axes.plot(wanted, color=TARGET_INK, linewidth=3.2, label="target")
             axes.plot(found, color=COLOURS[arm], linewidth=1.4, label="output")
-        row[0].set_title(f"{NAMES[arm]}: output {size:.3g} % of target (rms)", loc="left", fontsize=12)
+        row[0].set_title(f"{NAMES[arm]}: output {size:.3g} % of target", loc="left", fontsize=12)
         row[0].set_ylabel("amplitude")
         row[1].set_ylabel("|spectrum| (smoothed)")
         row[1].legend(loc="upper left")
@@ -199,7 +199,7 @@ def tangent_kernel(seen: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
         row[2].set(ylabel="target energy so far (%)", ylim=(0, 102))
         row[2].legend(loc="lower right" if scale == "s0" else "upper left", fontsize=10)
     for axes in grid[-1]:
-        axes.set_xlabel("eigenvectors, largest eigenvalue first (share)")
+        axes.set_xlabel("eigenvectors, by eigenvalue (share)")
     note(figure, "before training, seed 0; centroid 1 is the highest frequency")
     return figure
 

@@ -76,12 +76,12 @@ class Config:
     group_sweep: tuple[int, ...] = (1,)
     seeds: int = 3
     spline_seeds: int = 1
-    steps: int = 250
+    steps: int = 120
     batch: int = 64
     rate: float = 1e-3
     decay: float = 0.05
-    more_steps: int = 60
-    timings: int = 15
+    more_steps: int = 32
+    timings: int = 11
 
     def __post_init__(self) -> None:
         problems = []

@@ -123,9 +123,9 @@ def prompts(found: Any, names: Sequence[str], title: str) -> Figure:
 
 def persistence(found: Any, title: str) -> Figure:
     """Accuracy against tokens behind the text, with shuffled pairs."""
-    curves = {"probe of the text's end": found.early, "shuffled pairs": found.shuffled}
+    curves = {"probe of the text's end": found.early, "the same, shuffled pairs": found.shuffled}
     if found.late is not None:
-        curves |= {"probe trained behind texts": found.late, "shuffled pairs ": found.late_shuffled}
+        curves |= {"probe trained behind texts": found.late, "that, shuffled pairs": found.late_shuffled}
     return curve_band(
         found.offsets,
         {label: 100 * hits.mean(-1) for label, hits in curves.items()},

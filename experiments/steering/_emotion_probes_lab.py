@@ -261,7 +261,7 @@ class Persistence(NamedTuple):
     Attributes:
       offsets: tokens behind the end of the text.
       early: (S, P, N) of the probe trained at the end of texts.
-      shuffled: (S, P, N) the same readings against the class of another text.
+      shuffled: (S, P, N) what the same readings hit behind another text, in the mean over all other texts.
       late: (S, P, N) of a probe trained behind texts, and ``late_shuffled``; None where it was not trained.
       words: (N,) of the continuation's words alone, or None.
     """
@@ -324,7 +324,6 @@ def own_tokens(key: jax.Array, subject: Subject, rows: dict[str, np.ndarray], le
 
 
 def persistence(
-    key: jax.Array,
     keys: jax.Array,
     subject: Subject,
     reading: Reading,
@@ -338,7 +337,6 @@ def persistence(
     """What is read p tokens behind the texts.
 
     Args:
-      key: of the shuffled pairs.
       keys: (S,) of the probes.
       subject, reading: fold 0's probes at the chosen depth.
       rows: texts by part: "test", and "train" and "dev" for the probe that is trained behind texts.
@@ -354,12 +352,10 @@ def persistence(
     found = {part: states[of_part == part] for part in rows}
     labels = {part: subject.labels[at] for part, at in rows.items()}
     x, y = found["test"], labels["test"]
-    # Pairs of text and continuation, mixed: each class as often as before.
-    others = y[np.asarray(jax.random.permutation(key, len(y)))]
 
     def hits(probes: emo.Probe) -> tuple[np.ndarray, np.ndarray]:
         read = np.asarray(jax.vmap(lambda probe: jax.vmap(probe, 1)(x).argmax(-1))(probes))
-        return read == y, read == others
+        return read == y, behind_others(read, y)
 
     early, shuffled = hits(reading.chosen())
     if "train" not in rows:
@@ -374,6 +370,15 @@ def persistence(
     of_late = hits(jax.tree.map(lambda leaf: leaf[0, :, 0], late.probes))
     by_words = _words_alone(subject, rows, more, labels) if words else None
     return Persistence(offsets, early, shuffled, *of_late, by_words)
+
+
+def behind_others(read: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Of readings (..., N), the share of the N - 1 other texts whose class each one names.
+
+    That is its hit in a shuffled pair of text and continuation, in the mean over all pairings.
+    """
+    counts = np.bincount(labels, minlength=int(read.max()) + 1)
+    return (counts[read] - (read == labels)) / (len(labels) - 1)
 
 
 def _words_alone(

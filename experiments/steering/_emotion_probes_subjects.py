@@ -78,6 +78,12 @@ class Subject(NamedTuple):
         """Tokens that a text may have."""
         return int(self.model.module.config.context)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model is a decoder: it can be asked, and texts can go on. An encoder is read only."""
+        config = self.model.module.config
+        return bool(config.causal and config.unembed)
+
     def ask(self, row: int) -> str:
         """The prompt about one text."""
         return f"{self.texts[row]} {self.question.format(name=self.persons[row])}"
@@ -151,7 +157,7 @@ def scenario_subject(key: jax.Array, reader: str, folds: int, limit: int | None,
 
     Args:
       key: of the folds.
-      reader: "stories260K", a hub id, or a folder.
+      reader: "stories260K", a hub id, or a folder, of a decoder or an encoder.
       folds: of cross-validation.
       limit: at most so many texts; all by default.
       log: is told.

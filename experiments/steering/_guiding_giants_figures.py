@@ -28,9 +28,20 @@ NAMES = {
     "end_middle": "end to end, S middle",
     "half_weights": "all w = 1/2",
     "constant_s": "s constant",
+    "centred_s": "s with its zero in the middle",
+    "released_mixed": "batches in mixed order",
     "target_only": "target prompts only",
 }
-ABLATIONS = ("released_early", "half_weights", "constant_s", "target_only", "released_embedding", "released_last")
+ABLATIONS = (
+    "released_early",
+    "half_weights",
+    "constant_s",
+    "centred_s",
+    "released_mixed",
+    "target_only",
+    "released_embedding",
+    "released_last",
+)
 
 
 def all_figures(metrics: Mapping[str, Metric], seen: Mapping[str, Any]) -> dict[str, Figure]:

@@ -201,7 +201,9 @@ def with_base(model: Model, params: Any, panel: Panel, states: np.ndarray, lanes
     return panel._replace(states=states, answers=answers, logits=logits)
 
 
-def train_released(key: jax.Array, x_target: Any, x_benign: Any, layers: int, config: Any) -> Any:
+def train_released(
+    key: jax.Array, x_target: Any, x_benign: Any, layers: int, config: Any, *, mixed: bool = False
+) -> Any:
     """Controllers of every seed on the released loss, from inputs (S, N, I); an empty x_benign trains on targets."""
     alone = not x_benign.shape[1]
 
@@ -218,6 +220,7 @@ def train_released(key: jax.Array, x_target: Any, x_benign: Any, layers: int, co
             batch=config.controller_batch,
             rate=config.controller_rate,
             allow_target_only=alone,
+            mixed=mixed,
         )[0]
 
     keys = jnp.stack([stream(key, seed) for seed in range(len(x_target))])

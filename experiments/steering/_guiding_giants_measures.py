@@ -81,6 +81,8 @@ def look_inside(bench: Any, controllers: dict[str, Any], metrics: dict[str, Metr
         mean = w[:, panel.target].mean(1)
         metrics[f"weight_offset/{name}"] = per_seed(np.abs(mean - 0.5).max(1), "")
         metrics[f"weight_spread/{name}"] = per_seed(mean.max(1) - mean.min(1), "")
+        for kind, rows in groups.items():
+            metrics[f"s/{name}/{kind}"] = per_seed(s[:, rows].mean(1), "logit")
         metrics[f"negative_s/{name}"] = per_seed(100 * (s[:, ~panel.target] < 0).mean(1), "% of other prompts")
         if name in ("released_early", "released_last", "end_early", "end_two_pass", "end_last"):
             # What the causal rule lets pass; in the two-pass mode every layer.
@@ -92,10 +94,11 @@ def look_inside(bench: Any, controllers: dict[str, Any], metrics: dict[str, Metr
             for kind, rows in (("target", panel.target), ("others", ~panel.target)):
                 metrics[f"patch_ratio/{name}/{kind}"] = per_seed(ratio[:, rows].mean(1), "of |h|")
         label = name.replace("released_", "released, ").replace("end_", "end to end, ").replace("_", " ")
-        if name != "target_only":
+        if name not in ("target_only", "released_mixed"):
             weights |= {f"{label}, {kind}": w[:, rows].mean((0, 1)) for kind, rows in groups.items()}
-        if name == "released_early":
-            scalars = {kind: s[:, rows].reshape(-1) for kind, rows in groups.items()}
+        if name in ("released_early", "released_mixed"):
+            order = "" if name == "released_early" else ", mixed batches"
+            scalars |= {f"{kind}{order}": s[:, rows].reshape(-1) for kind, rows in groups.items()}
     return {"weights": weights, "scalar": scalars}
 
 

@@ -59,7 +59,7 @@ class Config:
     """One run.
 
     Attributes:
-      reader: of the scenarios: "stories260K", a hub id or a folder; "" leaves them out.
+      reader: of the scenarios: "stories260K", or a hub id or folder of a decoder or an encoder; "" leaves them out.
       limit: scenarios at most; 0 for all.
       folds: of the scenarios.
       sizes: of tales, smallest first; the last one is studied in full.
@@ -165,7 +165,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
             own = stream(key, "emotions")
             drawn["emotions"], reading = study(own, seeds, scenarios, config, metrics, log)
             bend(own, scenarios, corpus, reading, config, metrics, drawn["emotions"], log)
-            wait(own, seeds, scenarios, reading, config, metrics, drawn["emotions"])
+            if scenarios.writes:
+                wait(own, seeds, scenarios, reading, config, metrics, drawn["emotions"])
     drawn["scale"] = {"sizes": config.sizes, "accuracy": [], "fisher": [], "silhouette": []}
     curves = {}
     for size in config.sizes[:-1]:
@@ -218,8 +219,8 @@ def study(
     arms["linear"] = lab.read_linear(x[:, reading.depth], subject.labels, folds, classes)[None]
     arms["words"] = lab.read_words(lab.count_words(subject.texts), subject.labels, folds, classes)[None]
     arms["majority"] = (truth == np.bincount(truth).argmax())[None]
-    asked = lab.ask(stream(key, "ask"), subject, config.shots)
-    rows = asked.pop("few_shot_rows")
+    asked = lab.ask(stream(key, "ask"), subject, config.shots) if subject.writes else {}
+    rows = asked.pop("few_shot_rows", None)
     arms |= {arm: hits[None] for arm, hits in asked.items()}
 
     metrics |= {f"accuracy/{name}/{arm}": percent(stream(key, arm), hits) for arm, hits in arms.items()}
@@ -227,8 +228,9 @@ def study(
         if arm in arms:
             other = np.broadcast_to(arms[arm], reading.at_depth.shape)
             metrics[f"over_{arm}/{name}"] = points(stream(key, "over", arm), reading.at_depth, other)
-    few = np.broadcast_to(arms["few_shot"], (config.seeds, len(rows)))
-    metrics[f"over_few_shot/{name}"] = points(stream(key, "over few"), reading.at_depth[:, rows], few)
+    if rows is not None:
+        few = np.broadcast_to(arms["few_shot"], (config.seeds, len(rows)))
+        metrics[f"over_few_shot/{name}"] = points(stream(key, "over few"), reading.at_depth[:, rows], few)
     metrics[f"selectivity/{name}"] = points(stream(key, "selectivity"), reading.at_depth, arms["control"])
     layers = reading.hits.shape[1] - 1
     metrics[f"depth/{name}"] = Metric(value=reading.depth, unit=f"of {layers} layers, 0 is the embedding")
@@ -326,7 +328,7 @@ def wait(
     }
     length = config.offsets[-1]
     more = lab.neutral_tokens(stream(key, "filler"), subject, rows, length)
-    found = lab.persistence(stream(key, "pairs"), seeds, subject, reading, rows, more, config.offsets, config.probe)
+    found = lab.persistence(seeds, subject, reading, rows, more, config.offsets, config.probe)
     drawn["persistence"] = found
     if name == "tales":
         for offset in (0, int(max(p for p in config.offsets if p <= LATER))):
@@ -337,8 +339,6 @@ def wait(
         short = {part: at[: config.utterances] for part, at in rows.items()}
         own = lab.own_tokens(stream(key, "sampled"), subject, short, config.sampled)
         offsets = tuple(offset for offset in config.offsets if offset <= config.sampled)
-        found = lab.persistence(
-            stream(key, "pairs sampled"), seeds, subject, reading, short, own, offsets, config.probe, words=True
-        )
+        found = lab.persistence(seeds, subject, reading, short, own, offsets, config.probe, words=True)
         drawn["sampled"] = found
         report(stream(key, "sampled later"), f"sampled/{name}", found, len(subject.names), metrics)

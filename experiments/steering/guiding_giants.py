@@ -55,7 +55,8 @@ class Config:
       direction_layer: where the activation direction is read.
       scales: the grid of c, in units of the median length of a state.
       dev, test: prompts of each group; there are two and four groups.
-      ablations: also without layer weights, without scalar, without benign prompts, with the embedding direction.
+      ablations: also without layer weights, without scalar, with the scalar's zero halfway between the kinds of train
+        prompts, with batches in mixed order, without benign prompts, with the embedding direction.
       curves: also every strength on test prompts, for uniform steering and the chosen controller.
     """
 
@@ -235,13 +236,14 @@ def inputs_of(bench: Bench, kind: str, place: str) -> jax.Array:
 
 
 def train_all(key: jax.Array, bench: Bench, log: Log) -> dict[str, Any]:
-    """Controllers by name, leaves (S, ...): released_PLACE, end_PLACE, end_two_pass, target_only."""
+    """Controllers by name, leaves (S, ...): released_PLACE, end_PLACE, end_two_pass, released_mixed, target_only."""
     config, found = bench.config, {}
     for place in config.places:
         x, y = inputs_of(bench, "target", place), inputs_of(bench, "benign", place)
         found[f"released_{place}"] = lab.train_released(stream(key, place), x, y, config.layers, config)
         if config.ablations and place == "early":
             found["target_only"] = lab.train_released(stream(key, "target"), x, y[:, :0], config.layers, config)
+            found["released_mixed"] = lab.train_released(stream(key, place), x, y, config.layers, config, mixed=True)
     for place in config.places if config.end_steps else ():
         chosen = lab.layers_of(place, config.layers)
         modes = {f"end_{place}": "causal"} | ({"end_two_pass": "two_pass"} if place == "early" else {})
@@ -286,11 +288,16 @@ def controller_arms(bench: Bench, controllers: dict[str, Any]) -> dict[str, list
         arms["end_two_pass"] = arm(controllers["end_two_pass"], "early", "two_pass")
     if config.ablations:
         released = controllers["released_early"]
-        mean = jax.vmap(lambda c, x: giants.controller_apply(c, x).scalar.mean())(
-            released, inputs_of(bench, "target", "early")
+        mean, low = (
+            jax.vmap(lambda c, x: giants.controller_apply(c, x).scalar.mean())(
+                released, inputs_of(bench, kind, "early")
+            )
+            for kind in ("target", "benign")
         )
         arms["half_weights"] = arm(jax.vmap(giants.half_weights)(released), "early")
         arms["constant_s"] = arm(jax.vmap(giants.constant_scalar)(released, mean), "early")
+        arms["centred_s"] = arm(jax.vmap(giants.shift_scalar)(released, -(mean + low) / 2), "early")
+        arms["released_mixed"] = arm(controllers["released_mixed"], "early")
         arms["target_only"] = arm(controllers["target_only"], "early")
         ids = [np.asarray([world.tokenizer.id(w) for w in text.split()]) for text in (world.REFUSAL_TEXT, "sure ,")]
         r = giants.refusal_direction_embedding(bench.params["embed"]["tokens"], *ids)

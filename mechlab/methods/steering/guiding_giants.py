@@ -149,6 +149,12 @@ def constant_scalar(controller: Any, value: float | jax.Array) -> Any:
     return {**controller, "fc2": {"kernel": kernel, "bias": bias}}
 
 
+def shift_scalar(controller: Any, by: float | jax.Array) -> Any:
+    """The controller with ``by`` added to its scalar: another zero, the same ranking. A transform of parameters."""
+    last = controller["fc2"]
+    return {**controller, "fc2": {**last, "bias": last["bias"].at[0].add(by)}}
+
+
 def refusal_direction_embedding(
     embedding: Float[ArrayLike, "V D"], ids_refuse: Int[ArrayLike, " M"], ids_answer: Int[ArrayLike, " N"]
 ) -> Float[Array, " D"]:

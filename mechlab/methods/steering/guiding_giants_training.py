@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from mechlab.core.model import Model, Variables
-from mechlab.core.rng import require_typed
+from mechlab.core.rng import require_typed, stream
 from mechlab.methods.steering.guiding_giants import Steered, controller_apply, steering
 from mechlab.methods.steering.vectors import Texts
 from mechlab.models.generate import new_cache
@@ -76,6 +76,7 @@ def train_controller(
     rate: float | jax.Array = 5e-5,
     clip: float = 1.0,
     allow_target_only: bool = False,
+    mixed: bool = False,
 ) -> tuple[Any, Float[Array, "E 2"]]:
     """Train on the released loss: each epoch all target batches, then all benign ones, rows in a new order.
 
@@ -85,6 +86,7 @@ def train_controller(
       x_target, x_benign: stored inputs.
       epochs, batch, rate, clip: the paper's by default; ``rate`` may be traced.
       allow_target_only: accept an empty ``x_benign``, the ablation that never sees what it must not refuse.
+      mixed: batches of both kinds in one random order instead, our ablation of that order.
 
     Returns:
       The parameters after the last epoch, and the mean loss of target and benign batches by epoch (0 without benign).
@@ -107,7 +109,7 @@ def train_controller(
         raise ValueError("x_benign is empty; pass allow_target_only=True to train on target prompts alone.")
     if min(epochs, batch) < 1:
         raise ValueError(f"train_controller: epochs and batch must be at least 1, got {epochs} and {batch}.")
-    return _train(key, controller, sides[0], sides[1], rate, clip, epochs, batch)
+    return _train(key, controller, sides[0], sides[1], rate, clip, epochs, batch, mixed)
 
 
 def _train(
@@ -119,6 +121,7 @@ def _train(
     clip: float,
     epochs: int,
     batch: int,
+    mixed: bool,
 ) -> tuple[Any, jax.Array]:
     optimiser = adamw(rate, clip)
     x = jnp.concatenate([x_target, x_benign])
@@ -138,15 +141,16 @@ def _train(
         updates, opt_state = optimiser.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
-    def plan(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def plan(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         for_target, for_benign = jax.random.split(key)
         parts = order(for_target, 0, len(x_target)), order(for_benign, len(x_target), len(x_benign))
-        rows, weights = zip(*parts, strict=True)
-        return jnp.concatenate(rows), jnp.concatenate(weights)
+        rows, weights = (jnp.concatenate(halves) for halves in zip(*parts, strict=True))
+        turn = jax.random.permutation(stream(key, "turn"), len(rows)) if mixed else jnp.arange(len(rows))
+        return rows[turn], weights[turn], is_target[turn]
 
-    def epoch(state: Any, batches: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        state, losses = jax.lax.scan(step, state, (*batches, is_target))
-        sides = zip((is_target, ~is_target), counts, strict=True)
+    def epoch(state: Any, batches: Any) -> tuple[Any, jax.Array]:
+        state, losses = jax.lax.scan(step, state, batches)
+        sides = zip((batches[2], ~batches[2]), counts, strict=True)
         means = [jnp.where(side, losses, 0).sum() / max(1, count) for side, count in sides]
         return state, jnp.stack(means)
 

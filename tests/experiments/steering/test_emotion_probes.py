@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from experiments.steering import _emotion_probes_lab as lab
 from experiments.steering import _emotion_probes_subjects as subjects
 from experiments.steering._emotion_probes_measures import peak
-from experiments.steering.emotion_probes import CLAIMS, PRESETS, Config, run
+from experiments.steering.emotion_probes import CLAIMS, PRESETS, Config, run, study
 from mechlab.data.sources import EMOTIONS, STORIES260K, available
+from mechlab.models.transformer import transformer
+from mechlab.models.transformer_config import TransformerConfig
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, judge_claims
 
@@ -70,6 +73,22 @@ def test_scenarios_are_studied_where_they_are_on_this_machine():
     assert words.mean() > 0.25
 
 
+def test_an_encoder_is_read_but_not_asked(monkeypatch):
+    if not available(EMOTIONS):
+        pytest.skip("MECHLAB_DATA has no emotions/: this test needs real data")
+    encoder = transformer(
+        TransformerConfig(vocabulary=128, layers=1, width=16, heads=2, context=128, causal=False, unembed=False)
+    )
+    letters = types.SimpleNamespace(encode=lambda text: [ord(letter) % 128 for letter in text[:100]])
+    monkeypatch.setattr(subjects.hub, "load", lambda _: (encoder, encoder.init(jax.random.key(0)), letters))
+    subject = subjects.scenario_subject(jax.random.key(0), "a/bert", 2, 120, Log())
+    metrics = {}
+    config = dataclasses.replace(PRESETS["smoke"], seeds=1, hidden=8, epochs=1)
+    study(jax.random.key(1), jax.random.key(2)[None], subject, config, metrics, Log())
+    assert not subject.writes and metrics["accuracy/emotions/probe"].n == 120
+    assert not any("shot" in name or "calibrated" in name for name in metrics)
+
+
 def test_missing_data_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("MECHLAB_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -93,6 +112,16 @@ def test_the_peak_is_where_most_is_right_and_its_interval_holds_it():
     found = peak(jax.random.key(0), hits)
     assert found.value == pytest.approx(2 / 3)
     assert found.ci95 == (pytest.approx(2 / 3), pytest.approx(2 / 3))
+
+
+def test_shuffled_pairs_are_the_mean_over_all_other_texts():
+    labels = np.array([0, 0, 1, 2, 1])
+    read = np.array([[0, 1, 1, 2, 0], [2, 2, 2, 2, 2]])
+    others = [[np.delete(labels, i) for i in range(5)]] * 2
+    expected = [
+        [(other == guess).mean() for other, guess in zip(*row, strict=True)] for row in zip(others, read, strict=True)
+    ]
+    np.testing.assert_allclose(lab.behind_others(read, labels), expected)
 
 
 def made_up(good: bool) -> dict[str, Metric]:

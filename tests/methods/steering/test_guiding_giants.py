@@ -194,6 +194,22 @@ def test_ablations_do_what_they_say():
     np.testing.assert_array_equal(half.weight_logits, 0 * full.weight_logits)
     np.testing.assert_allclose(fixed.scalar, 3.0)
     np.testing.assert_array_equal(fixed.weight_logits, full.weight_logits)
+    moved = giants.controller_apply(giants.shift_scalar(CONTROLLER, -2.0), x)
+    np.testing.assert_allclose(moved.scalar, full.scalar - 2, atol=1e-5)
+    np.testing.assert_array_equal(moved.weight_logits, full.weight_logits)
+
+
+def test_mixed_batches_are_the_same_batches_in_another_order():
+    x = jax.random.normal(jax.random.key(8), (2, 24, 2 * D)) + 0.5 * jnp.asarray([1.0, -1.0])[:, None, None]
+
+    def trained(n, **options):
+        return training.train_controller(jax.random.key(0), CONTROLLER, x[0, :n], x[1, :n], epochs=1, **options)
+
+    released, mixed = (trained(24, rate=1e-3, mixed=mixed) for mixed in (False, True))
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (released[0], mixed[0])), strict=True))
+    # Without a step the order does not matter, so every side's mean loss is that of the same batches.
+    released, mixed = (trained(24, rate=0.0, mixed=mixed)[1] for mixed in (False, True))
+    np.testing.assert_allclose(released, mixed, rtol=1e-5)
 
 
 def test_target_only_training_is_asked_for_and_fires_everywhere():

@@ -62,13 +62,13 @@ class Config:
 
     layers: int = 4
     width: int = 96
-    steps: int = 350
+    steps: int = 300
     batch: int = 64
     rate: float = 3e-3
     seeds: int = 3
     places: tuple[str, ...] = ("early", "last")
     hidden: int = 1024
-    prompts: int = 500
+    prompts: int = 400
     epochs: int = 10
     controller_batch: int = 8
     controller_rate: float = 5e-5
@@ -76,9 +76,9 @@ class Config:
     end_rate: float = 1e-3
     end_prompts: int = 64
     direction_layer: int = 2
-    scales: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+    scales: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     dev: int = 32
-    test: int = 100
+    test: int = 64
     ablations: bool = True
     curves: bool = True
 
@@ -135,6 +135,7 @@ PRESETS: dict[str, Config] = {
         rate=1e-3,
         seeds=5,
         places=lab.PLACES,
+        prompts=500,
         end_steps=400,
         end_prompts=256,
         direction_layer=4,
@@ -143,7 +144,17 @@ PRESETS: dict[str, Config] = {
         test=500,
     ),
     # The paper's controller on our subject at more seeds and prompts; its decoders are not wired up.
-    "paper": Config(seeds=5, places=lab.PLACES, steps=2000, end_steps=400, end_prompts=256, dev=100, test=500),
+    "paper": Config(
+        seeds=5,
+        places=lab.PLACES,
+        steps=2000,
+        prompts=500,
+        end_steps=400,
+        end_prompts=256,
+        scales=(0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0),
+        dev=100,
+        test=500,
+    ),
 }
 
 

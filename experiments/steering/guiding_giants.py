@@ -62,7 +62,7 @@ class Config:
 
     layers: int = 4
     width: int = 96
-    steps: int = 300
+    steps: int = 400
     batch: int = 64
     rate: float = 3e-3
     seeds: int = 3
@@ -72,7 +72,7 @@ class Config:
     epochs: int = 10
     controller_batch: int = 8
     controller_rate: float = 5e-5
-    end_steps: int = 80
+    end_steps: int = 60
     end_rate: float = 1e-3
     end_prompts: int = 64
     direction_layer: int = 2

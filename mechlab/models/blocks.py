@@ -99,6 +99,31 @@ def stacked(config: TransformerConfig, name: str | None = None) -> Any:
     return scanned(config, name=name)
 
 
+def run_attention(config: TransformerConfig, params: Any, x: jax.Array, layer: jax.Array | int = 0) -> jax.Array:
+    """What a layer's attention adds to the stream, from its normed input.
+
+    Args:
+      config: of the blocks.
+      params: of this layer's attention, ``blocks/attn`` without the layer axis.
+      x: (B, T, D), the site ``attn_in``; texts without padding.
+      layer: its number, which says whether it has a window; may be traced.
+
+    Returns:
+      (B, T, D), the site ``attn_out``.
+    """
+    positions = jnp.arange(x.shape[1])
+    view = view_of(config, views(config, positions), layer)
+    out: Any = _Attention(config).apply({"params": params}, x, positions, view, None, jnp.asarray(layer))
+    return out[0]
+
+
+def run_mlp(config: TransformerConfig, params: Any, x: jax.Array) -> jax.Array:
+    """What a layer's MLP adds to the stream, from its normed input (B, T, D); parameters as in ``run_attention``."""
+    assert config.hidden is not None
+    out: Any = _MLP(config, config.hidden).apply({"params": params}, x, jnp.arange(x.shape[1]))
+    return out
+
+
 class Block(nn.Module):
     """Attention and MLP around the residual stream: ``((x, cache), positions, views, layer) -> ((x, cache), None)``.
 

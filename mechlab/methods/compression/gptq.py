@@ -175,7 +175,7 @@ def _factor(hessian: Any, size: int, damp: float, act_order: bool) -> tuple[np.n
     h = h[np.ix_(order, order)]
     h[np.diag_indices(size)] += damp * np.diag(h).mean()
     try:
-        # H = L L^T, so H^-1 = L^-T L^-1; its upper factor is found from the lower one of the reversed inverse.
+        # H = L L^T, so H^-1 = L^-T L^-1, and U is the transpose of its lower factor.
         lower = np.linalg.inv(np.linalg.cholesky(h))
         factor = np.linalg.cholesky(lower.T @ lower).T
     except np.linalg.LinAlgError as error:

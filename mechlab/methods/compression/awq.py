@@ -1,0 +1,263 @@
+"""AWQ: activation-aware weight quantisation (Lin et al. 2023, MLSys 2024, arXiv 2306.00978).
+
+Inputs of a linear map that are large on average matter most. Their weights are scaled up before they are rounded, and
+what makes the input is scaled down, so that the function stays and their rounding error falls by s. With a_i the mean
+|x_i| over calibration tokens, for every group of maps that read the same input::
+
+    s = max(a^alpha, 1e-4),   s <- s / sqrt(max s min s),   alpha in {0, 1/20, ..., 19/20}            (scale search)
+    loss(alpha) = mean (F(x; W) - F(x; Q(W diag s) diag(s)^-1))^2
+
+where F is the *inspected module*: all of attention for q, k, v; all of the MLP for up and gate; the map itself for o
+and down. alpha = 0 is plain rounding, so that the best alpha is never worse on calibration tokens. Then, for every map
+but q and k, the largest weights of each group are clipped::
+
+    m = max |w| (1 - t / 20), t = 0..9:   the m with the smallest mean (x_g Q(clip(w_g, +-m)) - x_g w_g)^2     (clip search)
+
+    params, report = awq(model, params, tokens, bits=4, group=32)      # kernels become QTensors; embeddings stay
+
+Inputs are those of the unquantised model, which scaling does not change: all layers are searched at once, from one pass.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mechlab.core.model import Model
+from mechlab.core.select import as_matrix
+from mechlab.methods.compression.rounding import in_groups, quantise, require_group
+from mechlab.models.blocks import run_attention, run_mlp
+from mechlab.models.fold import READERS, readers, scalable, scale_inputs
+from mechlab.models.transformer_config import TransformerConfig
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, Int
+
+RATIOS = tuple(i / 20 for i in range(20))
+SHRINK = tuple(1 - t / 20 for t in range(10))
+CLIP_TOKENS = 512
+"""At most so many tokens, evenly spaced, are looked at in the clip search, as in the released code."""
+
+
+class Search(NamedTuple):
+    """A scale search, leaves with a leading axis L where layers are searched together.
+
+    Attributes:
+      s: (*C,), the factors.
+      losses: (20,), of every ratio.
+    """
+
+    s: jax.Array
+    losses: jax.Array
+
+
+class Report(NamedTuple):
+    """What AWQ chose.
+
+    Attributes:
+      searches: by site, leaves (L, ...).
+      folded: parameters of the same function, scaled and clipped but not rounded.
+    """
+
+    searches: dict[str, Search]
+    folded: Any
+
+
+def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:
+    """What every linear map of the blocks reads on calibration texts, all layers in one pass: (L, B, T, *C) by site.
+
+    Raises:
+      ValueError: no texts, or activations that are not finite, naming the site and the layer.
+    """
+    tokens = jnp.asarray(tokens)
+    if tokens.ndim != 2 or not tokens.size:
+        raise ValueError(f"calibrate: wanted texts (B, T), got shape {tokens.shape}.")
+    acts = _inputs(model, params, tokens)
+    for site, x in acts.items():
+        finite = np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
+        if not finite.all():
+            raise ValueError(f'calibrate: site "{site}" is not finite in layer {int(np.argmin(finite))}.')
+    return acts
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _inputs(model: Model, params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
+    config = model.module.config
+    sites = [site for site in READERS if not site.startswith("mlp") or (config.hidden and config.mlp is None)]
+    return model.capture({"params": params}, tokens, sites=sites)[1]
+
+
+def awq_scale(
+    inspect: Callable[[dict[str, jax.Array]], jax.Array],
+    kernels: dict[str, jax.Array],
+    magnitude: Float[ArrayLike, "*C"],
+    *,
+    bits: int,
+    group: int,
+    ratios: tuple[float, ...] = RATIOS,
+) -> Search:
+    """The factors of one input, for the kernels that read it.
+
+    Args:
+      inspect: F of the kernels, with the calibration input inside.
+      kernels: (*C, *out) each.
+      magnitude: a, the mean |x_i| of every input.
+      bits, group: of the grid, plain asymmetric.
+      ratios: alpha.
+
+    Returns:
+      The factors with the smallest loss, the first of equal ones.
+    """
+    a = jnp.asarray(magnitude)
+    wanted = inspect(kernels)
+
+    def scaled(alpha: jax.Array) -> jax.Array:
+        s = jnp.maximum(a**alpha, 1e-4)
+        return s / jnp.sqrt(s.max() * s.min())
+
+    def loss(alpha: jax.Array) -> jax.Array:
+        s = scaled(alpha)
+
+        def rounded(kernel: jax.Array) -> jax.Array:
+            wide = s.reshape(*s.shape, *[1] * (kernel.ndim - s.ndim))
+            return quantise(kernel * wide, bits=bits, group=group, inputs=s.ndim).dequantise() / wide
+
+        return jnp.square(inspect(jax.tree.map(rounded, kernels)) - wanted).mean()
+
+    losses = jax.lax.map(loss, jnp.asarray(ratios))
+    return Search(scaled(jnp.asarray(ratios)[losses.argmin()]), losses)
+
+
+def awq_clip(kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, group: int) -> Float[Array, "I/G O"]:
+    """The largest |w| to keep, for each group of G inputs of each output.
+
+    Args:
+      kernel: (in, out), after folding.
+      x: inputs, after folding; at most 512 of them, evenly spaced, are used.
+      bits, group: of the grid.
+
+    Raises:
+      ValueError: as ``rounding.quantise``.
+    """
+    group = require_group(kernel.shape, group, "oc")
+    rows = np.linspace(0, len(x) - 1, min(len(x), CLIP_TOKENS)).round().astype(int)
+    seen = jnp.moveaxis(x[rows].reshape(len(rows), -1, group), 1, 0)
+    cut, _ = in_groups(kernel, group, "oc")
+    most = jnp.abs(cut).max(1)
+    wanted = jnp.einsum("bng,bgo->bno", seen, cut)
+
+    def error(shrink: jax.Array) -> jax.Array:
+        clipped = jnp.clip(cut, -shrink * most[:, None], shrink * most[:, None])
+        rounded = quantise(clipped.reshape(kernel.shape), bits=bits, group=group).dequantise().reshape(cut.shape)
+        return jnp.square(jnp.einsum("bng,bgo->bno", seen, rounded) - wanted).mean(1)
+
+    best = jax.lax.map(error, jnp.asarray(SHRINK)).argmin(0)
+    return most * jnp.asarray(SHRINK)[best]
+
+
+def awq(
+    model: Model, params: Any, tokens: Int[ArrayLike, "B T"], *, bits: int, group: int, clip: bool = True
+) -> tuple[Any, Report]:
+    """A decoder whose blocks' kernels are quantised by AWQ; embeddings, norms and unembedding stay.
+
+    Args:
+      model: a decoder from ``models.transformer`` with unpadded pre-norm blocks.
+      params: its parameters.
+      tokens: calibration texts (B, T), without padding.
+      bits: 2..8.
+      group: inputs that share a step; it must divide the inputs of every kernel.
+      clip: also search for clipping.
+
+    Returns:
+      Parameters in which ``QTensor`` stand where the kernels stood, and what was chosen.
+
+    Raises:
+      ValueError: as ``calibrate`` and ``rounding.quantise``, naming the kernel.
+    """
+    config = model.module.config
+    blocks = params["blocks"]
+    acts = calibrate(model, params, tokens)
+    for site in acts:
+        for name in readers(config, site):
+            of, part = name.split("/")
+            kernel = blocks[of][part]["kernel"]
+            inputs = int(np.prod(kernel.shape[1 : 1 + _inputs_of(site)]))
+            if inputs % group:
+                raise ValueError(f"awq: group {group} does not divide the {inputs} inputs of {name}.")
+    found: dict[str, Search] = {}
+    folded = params
+    for site, x in acts.items():
+        if scalable(config, site):
+            found[site] = _search(config, blocks, site, x, bits=bits, group=group)
+            folded = scale_inputs(config, folded, site, found[site].s)
+    return _finish(config, folded, found, acts, bits=bits, group=group, clip=clip)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "site", "bits", "group"))
+def _search(config: TransformerConfig, blocks: Any, site: str, x: jax.Array, *, bits: int, group: int) -> Search:
+    """The search of every layer, in one program."""
+    of = "attn" if site.startswith("attn") else "mlp"
+    names = [name.split("/")[1] for name in readers(config, site)]
+
+    def one(params: Any, x: jax.Array, layer: jax.Array) -> Search:
+        def inspect(kernels: dict[str, jax.Array]) -> jax.Array:
+            own = {**params, **{name: {**params[name], "kernel": kernels[name]} for name in names}}
+            if site == "attn_in":
+                return run_attention(config, own, x, layer)
+            if site == "mlp_in":
+                return run_mlp(config, own, x)
+            (name,) = names
+            return jnp.tensordot(x, kernels[name], axes=_inputs_of(site))
+
+        kernels = {name: params[name]["kernel"] for name in names}
+        return awq_scale(inspect, kernels, jnp.abs(x).mean((0, 1)), bits=bits, group=group)
+
+    return jax.lax.map(lambda args: one(*args), (blocks[of], x, jnp.arange(config.layers)))
+
+
+def _finish(
+    config: TransformerConfig,
+    params: Any,
+    found: dict[str, Search],
+    acts: dict[str, jax.Array],
+    *,
+    bits: int,
+    group: int,
+    clip: bool,
+) -> tuple[Any, Report]:
+    """Clip and round every kernel."""
+    clipped, rounded = ({name: dict(part) for name, part in params["blocks"].items()} for _ in range(2))
+    for site, x in acts.items():
+        inputs = _inputs_of(site)
+        scaled = x / found[site].s[:, None, None] if site in found else x
+        for name in readers(config, site):
+            of, part = name.split("/")
+            own = params["blocks"][of][part]
+            kernel = own["kernel"]
+            if clip and name not in ("attn/q", "attn/k"):
+                kernel = _clip(kernel, scaled, bits=bits, group=group, inputs=inputs)
+            codes = jax.vmap(lambda k, n=inputs: quantise(k, bits=bits, group=group, inputs=n))(kernel)
+            clipped[of][part], rounded[of][part] = {**own, "kernel": kernel}, {**own, "kernel": codes}
+    return {**params, "blocks": rounded}, Report(found, {**params, "blocks": clipped})
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "group", "inputs"))
+def _clip(kernel: jax.Array, x: jax.Array, *, bits: int, group: int, inputs: int) -> jax.Array:
+    def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        kernel, x = args
+        matrix = as_matrix(kernel, inputs=inputs)
+        most = awq_clip(matrix, x.reshape(-1, len(matrix)), bits=bits, group=group).repeat(group, 0)
+        return jnp.clip(matrix, -most, most).reshape(kernel.shape)
+
+    return jax.lax.map(one, (kernel, x))
+
+
+def _inputs_of(site: str) -> int:
+    """Input axes of the kernels that read a site."""
+    return 2 if site == "attn_z" else 1

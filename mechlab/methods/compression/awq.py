@@ -11,11 +11,11 @@ where F is the *inspected module*: all of attention for q, k, v; all of the MLP 
 and down. alpha = 0 is plain rounding, so that the best alpha is never worse on calibration tokens. Then, for every map
 but q and k, the largest weights of each group are clipped::
 
-    m = max |w| (1 - t / 20), t = 0..9:   the m with the smallest mean (x_g Q(clip(w_g, +-m)) - x_g w_g)^2     (clip search)
+    m = max |w| (1 - t / 20), t = 0..9:  the m with the smallest mean (x_g Q(clip(w_g, +-m)) - x_g w_g)^2  (clip search)
 
     params, report = awq(model, params, tokens, bits=4, group=32)      # kernels become QTensors; embeddings stay
 
-Inputs are those of the unquantised model, which scaling does not change: all layers are searched at once, from one pass.
+Inputs are those of the unquantised model, which scaling does not change: one pass serves the search of all layers.
 """
 
 from __future__ import annotations

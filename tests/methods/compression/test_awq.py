@@ -1,0 +1,104 @@
+"""AWQ against the official searches (vectors 26), its exact promises, and on whole decoders."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mechlab.core import select
+from mechlab.core.kernel_forms import QTensor
+from mechlab.methods.compression.awq import awq, awq_clip, awq_scale, calibrate
+from mechlab.methods.compression.rounding import quantise
+from mechlab.models.fold import READERS, scale_inputs
+from mechlab.models.transformer import gpt2, llama, transformer
+
+MODEL = transformer(llama(vocabulary=40, layers=2, width=32, heads=2, hidden=64, context=32, init_std=None))
+PARAMS = MODEL.init(jax.random.key(0))
+# Some channels of the normed inputs are large, as in trained models.
+PARAMS = select.map_at(PARAMS, "blocks/norm_*/scale", lambda scale: scale.at[:, ::8].set(12.0))
+TOKENS = jax.random.randint(jax.random.key(1), (6, 24), 0, 40)
+
+
+def ours(array):
+    return jnp.asarray(np.asarray(array).T, jnp.float32)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_scale_search_is_the_official_one(vectors, bits):
+    v = vectors("awq")
+    x, group = jnp.asarray(v["x_mlp"], jnp.float32), int(v["group"])
+    gate, up, down = (ours(v[f"w_{name}_proj"]) for name in ("gate", "up", "down"))
+
+    def mlp(kernels):
+        return (jax.nn.silu(x @ kernels["gate"]) * (x @ kernels["up"])) @ down
+
+    found = awq_scale(mlp, {"gate": gate, "up": up}, jnp.abs(x).mean(0), bits=bits, group=group)
+    np.testing.assert_allclose(found.s, v[f"scale_mlp_b{bits}"], rtol=1e-4)
+    x_down = jnp.asarray(v["x_down"], jnp.float32)
+    found = awq_scale(lambda k: x_down @ k["down"], {"down": down}, jnp.abs(x_down).mean(0), bits=bits, group=group)
+    np.testing.assert_allclose(found.losses, v[f"down_curve_b{bits}"], rtol=2e-3)
+    np.testing.assert_allclose(found.s, v[f"scale_down_b{bits}"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_clip_search_is_the_official_one(vectors, bits):
+    v = vectors("awq")
+    got = awq_clip(ours(v["w_down_proj"]), jnp.asarray(v["x_down"], jnp.float32), bits=bits, group=int(v["group"]))
+    wanted = v[f"clip_max_b{bits}"].T
+    assert (np.abs(got - wanted) < 1e-4 * wanted).mean() > 0.98
+
+
+def test_a_search_never_does_worse_than_rounding_and_does_not_mind_the_size_of_inputs():
+    x = jax.random.normal(jax.random.key(2), (40, 16)) * jnp.exp(jax.random.normal(jax.random.key(3), (16,)))
+    kernel = {"k": jax.random.normal(jax.random.key(4), (16, 8))}
+    found = awq_scale(lambda k: x @ k["k"], kernel, jnp.abs(x).mean(0), bits=3, group=8)
+    plain = jnp.square(x @ (quantise(kernel["k"], bits=3, group=8).dequantise() - kernel["k"])).mean()
+    np.testing.assert_allclose(found.losses[0], plain, rtol=1e-4)
+    assert found.losses.min() <= found.losses[0]
+    again = awq_scale(lambda k: 5 * x @ k["k"], kernel, 5 * jnp.abs(x).mean(0), bits=3, group=8)
+    np.testing.assert_allclose(again.s, found.s, rtol=1e-4)
+
+
+def test_a_decoder_keeps_its_function_until_it_is_rounded_and_is_better_than_plain_rounding():
+    params, report = jax.device_get(awq(MODEL, PARAMS, TOKENS, bits=3, group=16))
+    wanted = jax.nn.log_softmax(MODEL.apply({"params": PARAMS}, TOKENS))
+    folded = PARAMS
+    for site, search in report.searches.items():
+        folded = scale_inputs(MODEL.module.config, folded, site, search.s)
+        assert (search.losses.min(1) <= search.losses[:, 0]).all() and search.losses.shape == (2, 20)
+    np.testing.assert_allclose(jax.nn.log_softmax(MODEL.apply({"params": folded}, TOKENS)), wanted, atol=1e-4)
+
+    def kl(tree):
+        log_q = jax.nn.log_softmax(MODEL.apply({"params": tree}, TOKENS))
+        return float((jnp.exp(wanted) * (wanted - log_q)).sum(-1).mean())
+
+    plain = PARAMS
+    for site in READERS:
+        pattern = {"attn_in": "blocks/attn/[qkv]", "attn_z": "blocks/attn/o", "mlp_in": "blocks/mlp/up|blocks/mlp/gate"}
+        pattern = "|".join(f"{part}/kernel" for part in pattern.get(site, "blocks/mlp/down").split("|"))
+        inputs = 2 if site == "attn_z" else 1
+        plain = select.map_at(
+            plain, pattern, jax.vmap(lambda k, n=inputs: quantise(k, bits=3, group=16, inputs=n).dequantise())
+        )
+    assert 0 < kl(params) < 0.9 * kl(plain)
+    kernels = [leaf for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))]
+    assert sum(isinstance(leaf, QTensor) for leaf in kernels) == 7
+    np.testing.assert_array_equal(params["embed"]["tokens"], PARAMS["embed"]["tokens"])
+
+
+def test_a_model_whose_makers_cannot_take_factors_up_is_searched_where_it_can():
+    model = transformer(gpt2(vocabulary=40, layers=2, width=32, heads=2, hidden=64, context=32, activation="gelu"))
+    _, report = awq(model, model.init(jax.random.key(0)), TOKENS, bits=4, group=16, clip=False)
+    assert set(report.searches) == {"attn_in", "attn_z", "mlp_in"}
+
+
+def test_bad_calibrations_and_groups_are_refused():
+    with pytest.raises(ValueError, match="group 48 does not divide the 32 inputs of attn/q"):
+        awq(MODEL, PARAMS, TOKENS, bits=4, group=48)
+    with pytest.raises(ValueError, match="wanted texts"):
+        calibrate(MODEL, PARAMS, TOKENS[:0])
+    broken = select.map_at(PARAMS, "blocks/mlp/up/kernel", lambda kernel: kernel.at[1].set(jnp.nan))
+    with pytest.raises(ValueError, match=r'"mlp_act" is not finite in layer 1'):
+        calibrate(MODEL, broken, TOKENS)

@@ -30,7 +30,7 @@ import numpy as np
 
 from mechlab.core.model import Model
 from mechlab.core.select import as_matrix
-from mechlab.methods.compression.rounding import in_groups, quantise, require_group
+from mechlab.methods.compression.rounding import find_grid, in_groups, quantise, require_group
 from mechlab.models.blocks import run_attention, run_mlp
 from mechlab.models.fold import READERS, readers, scalable, scale_inputs
 from mechlab.models.transformer_config import TransformerConfig
@@ -154,7 +154,7 @@ def awq_clip(kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, 
 
     def error(shrink: jax.Array) -> jax.Array:
         clipped = jnp.clip(cut, -shrink * most[:, None], shrink * most[:, None])
-        rounded = quantise(clipped.reshape(kernel.shape), bits=bits, group=group).dequantise().reshape(cut.shape)
+        rounded = find_grid(clipped, bits=bits, axis=1).nearest(clipped)
         return jnp.square(jnp.einsum("bng,bgo->bno", seen, rounded) - wanted).mean(1)
 
     best = jax.lax.map(error, jnp.asarray(SHRINK)).argmin(0)

@@ -84,7 +84,8 @@ def find_grid(
       ValueError: bits out of range.
     """
     require_bits(bits)
-    x = jnp.asarray(x, jnp.float32)
+    x = jnp.asarray(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if symmetric:
         step = _not_zero(jnp.abs(x).max(axis, keepdims=True) / (2 ** (bits - 1) - 1))
         return Grid(step, jnp.zeros_like(step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -45,9 +45,11 @@ def test_the_scale_search_is_the_official_one(vectors, bits):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_clip_search_is_the_official_one(vectors, bits):
     v = vectors("awq")
-    got = awq_clip(ours(v["w_down_proj"]), jnp.asarray(v["x_down"], jnp.float32), bits=bits, group=int(v["group"]))
+    # A group that is clipped on both sides has its zero half way between two codes, and the last bit decides.
+    with jax.enable_x64(True):
+        got = awq_clip(jnp.asarray(v["w_down_proj"].T), jnp.asarray(v["x_down"]), bits=bits, group=int(v["group"]))
     wanted = v[f"clip_max_b{bits}"].T
-    assert (np.abs(got - wanted) < 1e-4 * wanted).mean() > 0.98
+    assert (np.abs(got - wanted) < 1e-6 * wanted).mean() > 0.95
 
 
 def test_a_search_never_does_worse_than_rounding_and_does_not_mind_the_size_of_inputs():

@@ -27,7 +27,7 @@ class QTensor:
     """A kernel as whole numbers with a scale per group: ``w = scale (code - zero)``.
 
     Attributes:
-      codes: (..., in, out) int8; the kernel as a matrix, after any leading layer axes.
+      codes: (..., in, out) int8 or uint8; the kernel as a matrix, after any leading layer axes.
       scales: (..., in / G, out / G') float: each serves G inputs of G' outputs.
       zeros: shaped like scales; None for a grid around 0.
       shape: of one layer's kernel, input axes first: (D, H, K) for q, k, v, (H, K, D) for o.

@@ -15,7 +15,7 @@ from mechlab.core import select
 from mechlab.core.kernel_forms import QTensor
 from mechlab.methods.circuits.direct import direct_attribution
 from mechlab.methods.circuits.patching import patch_residual
-from mechlab.methods.compression.rounding import round_symmetric
+from mechlab.methods.compression.rounding import quantise
 from mechlab.models.generate import generate
 from tests.models.test_transformer_kinds import build
 
@@ -26,7 +26,7 @@ def quantised(params: Any, bits: int = 8) -> Any:
     """Every kernel of the blocks rounded, layer by layer."""
 
     def rounded(inputs: int) -> Any:
-        return jax.vmap(lambda kernel: round_symmetric(kernel, bits=bits, inputs=inputs))
+        return jax.vmap(lambda kernel: quantise(kernel, bits=bits, symmetric=True, inputs=inputs))
 
     params = select.map_at(params, "blocks/attn/[qkv]/kernel|blocks/mlp/*/kernel", rounded(1))
     return select.map_at(params, "blocks/attn/o/kernel", rounded(2))
@@ -43,12 +43,12 @@ def test_no_weight_moves_by_more_than_half_a_step_and_the_grid_is_a_fixed_point(
     bits: int, group: int, seed: int
 ) -> None:
     kernel = jax.random.normal(jax.random.key(seed), (12, 4, 5))
-    q = round_symmetric(kernel, bits=bits, group=group)
+    q = quantise(kernel, bits=bits, group=group, symmetric=True)
     assert q.scales.shape == (12 // group, 20)
     assert int(jnp.abs(q.codes).max()) <= 2 ** (bits - 1) - 1
     steps = np.repeat(q.scales, group, 0).reshape(kernel.shape)
     assert (np.abs(q.dequantise() - kernel) <= steps / 2 * (1 + 1e-5)).all()
-    again = round_symmetric(q.dequantise(), bits=bits, group=group)
+    again = quantise(q.dequantise(), bits=bits, group=group, symmetric=True)
     np.testing.assert_array_equal(again.codes, q.codes)
 
 
@@ -61,7 +61,7 @@ def test_groups_along_either_axis_and_zeros() -> None:
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    q = round_symmetric(jnp.zeros((4, 2)), bits=4)
+    q = quantise(jnp.zeros((4, 2)), bits=4, symmetric=True)
     assert not np.asarray(q.dequantise()).any() and np.isfinite(q.scales).all()
 
 
@@ -99,6 +99,6 @@ def test_a_quantised_decoder_can_be_patched_and_attributed() -> None:
 @pytest.mark.parametrize(("options", "message"), [({"bits": 9}, "between 2 and 8"), ({"group": 5}, "12 inputs")])
 def test_bad_grids_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        round_symmetric(KERNEL, **options)
+        quantise(KERNEL, **{"bits": 8, "symmetric": True} | options)
     with pytest.raises(ValueError, match="do not make a kernel"):
         QTensor(jnp.zeros((4, 6), jnp.int8), jnp.ones((3, 6)), shape=(4, 6)).dequantise()

@@ -30,9 +30,9 @@ import numpy as np
 
 from mechlab.core.model import Model
 from mechlab.core.select import as_matrix
+from mechlab.methods.compression.decoders import calibrate, inspect, kernel_of, places, quantise_blocks, with_kernels
 from mechlab.methods.compression.rounding import find_grid, in_groups, quantise, require_group
-from mechlab.models.blocks import run_attention, run_mlp
-from mechlab.models.fold import READERS, readers, scalable, scale_inputs
+from mechlab.models.fold import scalable, scale_inputs
 from mechlab.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
@@ -67,30 +67,6 @@ class Report(NamedTuple):
 
     searches: dict[str, Search]
     folded: Any
-
-
-def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:
-    """What every linear map of the blocks reads on calibration texts, all layers in one pass: (L, B, T, *C) by site.
-
-    Raises:
-      ValueError: no texts, or activations that are not finite, naming the site and the layer.
-    """
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or not tokens.size:
-        raise ValueError(f"calibrate: wanted texts (B, T), got shape {tokens.shape}.")
-    acts = _inputs(model, params, tokens)
-    for site, x in acts.items():
-        finite = np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
-        if not finite.all():
-            raise ValueError(f'calibrate: site "{site}" is not finite in layer {int(np.argmin(finite))}.')
-    return acts
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _inputs(model: Model, params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-    config = model.module.config
-    sites = [site for site in READERS if not site.startswith("mlp") or (config.hidden and config.mlp is None)]
-    return model.capture({"params": params}, tokens, sites=sites)[1]
 
 
 def awq_scale(
@@ -181,70 +157,40 @@ def awq(
       ValueError: as ``calibrate`` and ``rounding.quantise``, naming the kernel.
     """
     config = model.module.config
-    blocks = params["blocks"]
+    for place in places(config):
+        inputs = int(np.prod(kernel_of(params, place).shape[1 : 1 + place.inputs]))
+        if inputs % group:
+            raise ValueError(f"awq: group {group} does not divide the {inputs} inputs of {place.name}.")
     acts = calibrate(model, params, tokens)
-    for site in acts:
-        for name in readers(config, site):
-            of, part = name.split("/")
-            kernel = blocks[of][part]["kernel"]
-            inputs = int(np.prod(kernel.shape[1 : 1 + _inputs_of(site)]))
-            if inputs % group:
-                raise ValueError(f"awq: group {group} does not divide the {inputs} inputs of {name}.")
     found: dict[str, Search] = {}
     folded = params
     for site, x in acts.items():
         if scalable(config, site):
-            found[site] = _search(config, blocks, site, x, bits=bits, group=group)
+            found[site] = _search(config, params["blocks"], site, x, bits=bits, group=group)
             folded = scale_inputs(config, folded, site, found[site].s)
-    return _finish(config, folded, found, acts, bits=bits, group=group, clip=clip)
+    if clip:
+        scaled = {site: x / found[site].s[:, None, None] if site in found else x for site, x in acts.items()}
+        clipped = {
+            place.name: _clip(kernel_of(folded, place), scaled[place.site], bits=bits, group=group, inputs=place.inputs)
+            for place in places(config)
+            if place.name not in ("attn/q", "attn/k")
+        }
+        folded = with_kernels(folded, clipped)
+    return quantise_blocks(config, folded, bits=bits, group=group), Report(found, folded)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "site", "bits", "group"))
 def _search(config: TransformerConfig, blocks: Any, site: str, x: jax.Array, *, bits: int, group: int) -> Search:
     """The search of every layer, in one program."""
     of = "attn" if site.startswith("attn") else "mlp"
-    names = [name.split("/")[1] for name in readers(config, site)]
+    names = [place.name.split("/")[1] for place in places(config, site)]
 
     def one(params: Any, x: jax.Array, layer: jax.Array) -> Search:
-        def inspect(kernels: dict[str, jax.Array]) -> jax.Array:
-            own = {**params, **{name: {**params[name], "kernel": kernels[name]} for name in names}}
-            if site == "attn_in":
-                return run_attention(config, own, x, layer)
-            if site == "mlp_in":
-                return run_mlp(config, own, x)
-            (name,) = names
-            return jnp.tensordot(x, kernels[name], axes=_inputs_of(site))
-
         kernels = {name: params[name]["kernel"] for name in names}
-        return awq_scale(inspect, kernels, jnp.abs(x).mean((0, 1)), bits=bits, group=group)
+        output = inspect(config, site, params, x, layer)
+        return awq_scale(output, kernels, jnp.abs(x).mean((0, 1)), bits=bits, group=group)
 
     return jax.lax.map(lambda args: one(*args), (blocks[of], x, jnp.arange(config.layers)))
-
-
-def _finish(
-    config: TransformerConfig,
-    params: Any,
-    found: dict[str, Search],
-    acts: dict[str, jax.Array],
-    *,
-    bits: int,
-    group: int,
-    clip: bool,
-) -> tuple[Any, Report]:
-    """Clip and round every kernel."""
-    clipped, rounded = ({name: dict(part) for name, part in params["blocks"].items()} for _ in range(2))
-    for site, x in acts.items():
-        inputs = _inputs_of(site)
-        scaled = x / found[site].s[:, None, None] if site in found else x
-        for name in readers(config, site):
-            of, part = name.split("/")
-            own = params["blocks"][of][part]
-            kernel = own["kernel"]
-            if clip and name not in ("attn/q", "attn/k"):
-                kernel = _clip(kernel, scaled, bits=bits, group=group, inputs=inputs)
-            codes = jax.vmap(lambda k, n=inputs: quantise(k, bits=bits, group=group, inputs=n))(kernel)
-            clipped[of][part], rounded[of][part] = {**own, "kernel": kernel}, {**own, "kernel": codes}
-    return {**params, "blocks": rounded}, Report(found, {**params, "blocks": clipped})
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "inputs"))
@@ -256,8 +202,3 @@ def _clip(kernel: jax.Array, x: jax.Array, *, bits: int, group: int, inputs: int
         return jnp.clip(matrix, -most, most).reshape(kernel.shape)
 
     return jax.lax.map(one, (kernel, x))
-
-
-def _inputs_of(site: str) -> int:
-    """Input axes of the kernels that read a site."""
-    return 2 if site == "attn_z" else 1

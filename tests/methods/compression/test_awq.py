@@ -9,9 +9,10 @@ import pytest
 
 from mechlab.core import select
 from mechlab.core.kernel_forms import QTensor
-from mechlab.methods.compression.awq import awq, awq_clip, awq_scale, calibrate
+from mechlab.methods.compression.awq import awq, awq_clip, awq_scale
+from mechlab.methods.compression.decoders import calibrate, quantise_blocks
 from mechlab.methods.compression.rounding import quantise
-from mechlab.models.fold import READERS, scale_inputs
+from mechlab.models.fold import scale_inputs
 from mechlab.models.transformer import gpt2, llama, transformer
 
 MODEL = transformer(llama(vocabulary=40, layers=2, width=32, heads=2, hidden=64, context=32, init_std=None))
@@ -88,14 +89,7 @@ def test_a_decoder_keeps_its_function_until_it_is_rounded_and_is_better_than_pla
         log_q = jax.nn.log_softmax(MODEL.apply({"params": tree}, TOKENS))
         return float((jnp.exp(wanted) * (wanted - log_q)).sum(-1).mean())
 
-    plain = PARAMS
-    for site in READERS:
-        pattern = {"attn_in": "blocks/attn/[qkv]", "attn_z": "blocks/attn/o", "mlp_in": "blocks/mlp/up|blocks/mlp/gate"}
-        pattern = "|".join(f"{part}/kernel" for part in pattern.get(site, "blocks/mlp/down").split("|"))
-        inputs = 2 if site == "attn_z" else 1
-        plain = select.map_at(
-            plain, pattern, jax.vmap(lambda k, n=inputs: quantise(k, bits=3, group=16, inputs=n).dequantise())
-        )
+    plain = quantise_blocks(MODEL.module.config, PARAMS, bits=3, group=16)
     assert 0 < kl(params) < 0.9 * kl(plain)
     kernels = [leaf for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor))]
     assert sum(isinstance(leaf, QTensor) for leaf in kernels) == 7

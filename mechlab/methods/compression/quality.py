@@ -2,7 +2,7 @@
 
 Over all tokens of some texts but the first of each, with p the model and q what became of it, in nats::
 
-    kl = mean sum_v p_v log (p_v / q_v),     perplexity = exp(mean -log q(next token)),     flips = share of other argmax
+    kl = mean sum_v p_v log (p_v / q_v),   perplexity = exp(mean -log q(next token)),   flips = share of other argmax
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def test_bad_arguments_are_refused():
             w4a16_matmul(bad, kernel)
     with pytest.raises(ValueError, match="impl must be one of"):
         w4a16_matmul(x, kernel, impl="gpu")
-    with pytest.raises(ValueError, match="0..15, got 0..16"):
+    with pytest.raises(ValueError, match=r"0\.\.15, got 0\.\.16"):
         pack_int4(np.full((4, 1), 16) * np.asarray([[0], [1], [1], [1]]), 4)
     with pytest.raises(ValueError, match="even and divide"):
         pack_int4(np.zeros((6, 1)), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ def w4a16_matmul(
         refused = _refusal(flat, kernel, impl, impl if interpret else jax.default_backend())
         if refused:
             raise NotImplementedError(f'w4a16_matmul: impl "{impl}": {refused}.')
-        run = functools.partial(_backend(impl).matmul, interpret=interpret)
+        run: Callable[..., jax.Array] = functools.partial(_backend(impl).matmul, interpret=interpret)
     else:
         run = reference.matmul
         chosen = choose(x, kernel).impl if impl == "auto" else "jnp"

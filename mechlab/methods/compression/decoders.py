@@ -79,8 +79,8 @@ def quantise_blocks(config: TransformerConfig, params: Any, **grid: Any) -> Any:
 
     def rounded(place: Place) -> QTensor:
         try:
-            each: QTensor = jax.vmap(functools.partial(quantise, inputs=place.inputs, **grid))(kernel_of(params, place))
-            return each
+            one: Callable[..., QTensor] = functools.partial(quantise, inputs=place.inputs, **grid)
+            return jax.vmap(one)(kernel_of(params, place))
         except ValueError as error:
             raise ValueError(f"{place.name}: {error}") from error
 

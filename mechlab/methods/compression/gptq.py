@@ -21,6 +21,7 @@ does not depend on the width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -94,7 +95,7 @@ def gptq(
         )
     order, factor, dead = _factor(hessian, matrix.shape[0], damp, act_order)
     matrix = jnp.where(jnp.asarray(dead)[:, None], 0, matrix)
-    options = {
+    options: dict[str, Any] = {
         "bits": bits,
         "symmetric": symmetric,
         "include_zero": axis == "oc" if include_zero is None else include_zero,
@@ -129,7 +130,7 @@ def _rows(
 ) -> tuple[jax.Array, Any]:
     """Codes (I, O) and, where they were not ``known`` by row, the grids: (I / G, 1, O), or (I, O / G, 1) for "ic"."""
     fan_in, fan_out = matrix.shape
-    find = functools.partial(find_grid, **dict(options))
+    find: Callable[..., Grid] = functools.partial(find_grid, **dict(options))
 
     def one_block(matrix: jax.Array, now: Any) -> Any:
         first, rows_of_factor, of_block = now

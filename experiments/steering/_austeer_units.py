@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.steering import _austeer_lab as lab
-from experiments.steering._austeer_tasks import PLANTED_RIGHT, PLANTED_WRONG, Items, Subject
+from experiments.steering._austeer_planted import PLANTED_RIGHT, PLANTED_WRONG
+from experiments.steering._tales_tasks import Items
 from mechlab.analysis.intervals import resampled_auroc
 from mechlab.analysis.metrics import auroc
 from mechlab.methods.steering import austeer, baselines
@@ -45,7 +46,7 @@ class Words(NamedTuple):
 
 def scan(
     key: jax.Array,
-    subject: Subject,
+    subject: lab.Subject,
     scores: dict[str, jax.Array],
     dev: Items,
     test: Items,
@@ -132,7 +133,7 @@ def scan_metrics(found: Scan, task: str, items: int) -> dict[str, Metric]:
     return metrics
 
 
-def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 3) -> Words:
+def words(subject: lab.Subject, scores: jax.Array, site: str, k: int, top: int = 3) -> Words:
     """The first k units: which tokens the slice of each raises and lowers most, and how unlike the slices are."""
     layers, dims, beta = austeer.select_aus(scores, k)
     tables = {layer: austeer.au_token_logits(subject.model, subject.params, int(layer), site) for layer in set(layers)}

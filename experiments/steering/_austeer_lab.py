@@ -15,7 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.steering._austeer_planted import planted, spelled
-from experiments.steering._tales_tasks import STORIES, Draw, Items, load_stories, stacked, story_task, tales_task
+from experiments.steering._tales_tasks import (
+    STORIES,
+    Draw,
+    Items,
+    cells_at_once,
+    load_stories,
+    stacked,
+    story_task,
+    tales_task,
+)
 from mechlab.core.edits import chain
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
@@ -263,23 +272,21 @@ def _controls(
 ) -> Arm:
     """The arms of ``control_arms``; every argument but the first two has a leading axis S."""
 
-    def of_site(key: jax.Array, one: Reading, site: str, k: jax.Array, alpha: jax.Array) -> jax.Array:
-        scores, momentum = one.scores[site], one.momentum[site]
+    def of_seed(key: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
+        # Sites are as wide as each other in our models, so the chosen one's numbers can be picked first.
+        scores, momentum, steadiness = (
+            jnp.where(place == 0, *(of[site] for site in SITES)) for of in (one.scores, one.momentum, one.steadiness)
+        )
         mean = austeer.au_mask(austeer.au_scores(momentum, "mean"), k, 1.0)
         # The mean momentum has the unit of an activation: it steers as strongly, on average, as the signs do.
         size = jnp.abs(austeer.au_mask(scores, k, alpha)).sum() / jnp.abs(mean).sum()
-        steady = austeer.au_mask(scores, k, alpha, tie_break=one.steadiness[site])
+        steady = austeer.au_mask(scores, k, alpha, tie_break=steadiness)
         inverse = baselines.matched_mask(scores, baselines.inverse_ranks(scores), k, alpha)
         orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(jax.random.split(key, randoms))
         drawn = jax.vmap(lambda ranks: baselines.matched_mask(scores, ranks, k, alpha))(orders)
-        return jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
-
-    def of_seed(key: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
-        masks = {
-            site: jnp.where(place == i, of_site(stream(key, site), one, site, k, alpha), 0)
-            for i, site in enumerate(SITES)
-        }
-        return jax.vmap(lambda both: arms_of(model, **both))(masks)
+        masks = jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
+        both = {site: jnp.where(place == i, masks, 0) for i, site in enumerate(SITES)}
+        return jax.vmap(lambda of_arm: arms_of(model, **of_arm))(both)
 
     return jax.vmap(of_seed)(keys, reading, places, k, alpha)
 
@@ -305,9 +312,7 @@ def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> n
     # What is missing in the last block repeats the last item.
     rows = np.minimum(np.arange(blocks * BLOCK), total - 1).reshape(blocks, BLOCK)
     whose, which = np.repeat(seeds, blocks), np.tile(np.arange(blocks), len(seeds))
-    # On a CPU chunks that stay in its cache: about 2 million numbers of the widest activation.
-    numbers = 2_000_000 if jax.default_backend() == "cpu" else 200_000_000
-    size = max(1, numbers // (BLOCK * width * model.module.config.hidden))
+    size = cells_at_once(model, BLOCK, width)
     tokens, lengths, answers = (np.asarray(x) for x in (*items.texts, items.answers[..., :2]))
     arms = jax.tree.map(np.asarray, arms)
     found = []

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from experiments.steering._repe_reasoning_tasks import Task, arith_task, deduce_task, few_shot, negatives
-from experiments.steering._tales_tasks import STORIES, Items, load_stories, story_task, tales_task
+from experiments.steering._tales_tasks import STORIES, Items, cells_at_once, load_stories, story_task, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
 from mechlab.core.model import Model
 from mechlab.core.rng import stream, streams
@@ -37,6 +37,7 @@ from mechlab.training.loop import Job, fit_many
 TYPES = ("reading", "contrast", "pca_contrast")
 TALES = {"ioi": (6, 8, 10), "recall": (10, 11, 12), "mood": (6,)}
 EASY_ENOUGH = 0.9
+ORACLE_TEXTS = 60
 
 
 class Subject(NamedTuple):
@@ -197,11 +198,12 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
 
     Returns:
       The vectors; "incorrect" only where at least two texts are answered wrongly. "oracle" is no method: the gradient
-      of the mean margin of the right answer by what is added in a layer, as long as R-C.
+      of the mean margin of the right answer by what is added in a layer, over texts of all families, as long as R-C.
     """
     draw, mixed, swap, other = streams(key, "items negatives shuffled unrelated")
     model, variables = subject.model, {"params": subject.params[seed]}
     items = task.levels[level](draw, n if family is None else 2 * n, "train")
+    of_all = items.take(np.arange(min(n, ORACLE_TEXTS)))
     if family is not None:
         rows = np.flatnonzero(np.asarray(items.right) == family)[:n]
         items = items.take(rows)
@@ -210,21 +212,27 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
     wrong = negatives(mixed, items, vocabulary, task.scrambled)
     high = last_states(model, variables, items.solved, batch=len(hits))
     low = last_states(model, variables, wrong, batch=len(hits))
-    kept = repe.only_correct(high, hits), repe.only_correct(low, hits)
-    found = {kind: repe.control_vector(kind, *kept) for kind in TYPES}
-    # Pairs that point either way at random have no mean but noise; it is made as long as the true one.
-    signs = jax.random.rademacher(swap, (len(kept[0]), 1, 1))
-    noise = (signs * (kept[0] - kept[1])).mean(0)
+    found, cosine = _vectors(swap, repe.only_correct(high, hits), repe.only_correct(low, hits))
     length = jnp.linalg.norm(found["contrast"], axis=-1, keepdims=True)
-    found["shuffled"] = _as_long(noise, length)
-    found["oracle"] = _as_long(steepest(model, subject.params[seed], items), length)
+    found["oracle"] = _as_long(steepest(model, subject.params[seed], of_all), length)
     if (~hits).sum() >= 2:
         found["incorrect"] = repe.contrast_vector(repe.only_correct(high, ~hits), repe.only_correct(low, ~hits))
     # What all texts of the model share: a reading vector of text that asks nothing.
     found["unrelated"] = repe.reading_vector(
         last_states(model, variables, negatives(other, items, vocabulary, False), batch=len(hits))
     )
-    return Reading(found, np.asarray(repe.component_cosine(*kept)), int(hits.sum()))
+    return Reading(found, np.asarray(cosine), int(hits.sum()))
+
+
+@jax.jit
+def _vectors(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Every type and "shuffled", and the cosine of PCA-C's component, from states (N, L, D) of pairs."""
+    found = {kind: repe.control_vector(kind, high, low) for kind in TYPES}
+    # Pairs that point either way at random have no mean but noise; it is made as long as the true one.
+    signs = jax.random.rademacher(key, (len(high), 1, 1))
+    length = jnp.linalg.norm(found["contrast"], axis=-1, keepdims=True)
+    found["shuffled"] = _as_long((signs * (high - low)).mean(0), length)
+    return found, repe.component_cosine(high, low)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -260,6 +268,7 @@ def on_grid(
         layers=np.asarray(layers),
         strengths=np.asarray(alphas),
         tokens=items.answers,
+        batch=cells_at_once(subject.model, *items.texts.tokens.shape),
     )
     return Grid(list(vectors), items, found)
 

@@ -193,6 +193,15 @@ def stacked(items: Sequence[Items]) -> Items:
     )
 
 
+def cells_at_once(model: Model, prompts: int, width: int) -> int:
+    """How many forwards of so many prompts to run together.
+
+    On a CPU about 2 million numbers of the widest activation, which stay in its cache.
+    """
+    numbers = 2_000_000 if jax.default_backend() == "cpu" else 200_000_000
+    return max(1, numbers // (prompts * width * model.module.config.hidden))
+
+
 def _rounded(width: int) -> int:
     """The next multiple of 16: each width is a program of its own, so there should be few."""
     return -(-width // 16) * 16

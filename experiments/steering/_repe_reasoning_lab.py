@@ -14,6 +14,7 @@ import optax
 from experiments.steering._repe_reasoning_tasks import Task, arith_task, deduce_task, few_shot, negatives
 from experiments.steering._tales_tasks import STORIES, Items, cells_at_once, load_stories, story_task, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
+from mechlab.core import select
 from mechlab.core.model import Model
 from mechlab.core.rng import stream, streams
 from mechlab.data.worlds import reasoning
@@ -35,9 +36,10 @@ from mechlab.training.batches import generated
 from mechlab.training.loop import Job, fit_many
 
 TYPES = ("reading", "contrast", "pca_contrast")
-TALES = {"ioi": (6, 8, 10), "recall": (10, 11, 12), "mood": (6,)}
+TALES = {"ioi": (8, 10, 12), "recall": (11, 12, 13), "mood": (6,)}
 EASY_ENOUGH = 0.9
 ORACLE_TEXTS = 60
+CONV_STD = 0.5
 
 
 class Subject(NamedTuple):
@@ -157,7 +159,10 @@ def train_decoders(key: jax.Array, config: Any, tasks: tuple[str, ...], log: Log
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     def build(lane: jax.Array) -> Job:
-        return Job(loss, model.init(stream(jax.random.fold_in(key, lane), "init")), optimiser, generated(sample))
+        start = model.init(stream(jax.random.fold_in(key, lane), "init"))
+        # At its usual 0.02 a token would hardly know its neighbours, and so no name would be found for long.
+        start = select.map_at(start, "embed/conv", lambda kernel: CONV_STD / 0.02 * kernel)
+        return Job(loss, start, optimiser, generated(sample))
 
     lanes = jnp.arange(config.seeds)
     keys = jax.vmap(lambda lane: stream(jax.random.fold_in(key, lane), "batches"))(lanes)

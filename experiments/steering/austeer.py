@@ -136,6 +136,7 @@ PRESETS: dict[str, Config] = {
     ),
     # The paper's grid on our subjects; its own models, of 7 to 9 billion parameters, are not wired up.
     "paper": Config(
+        seeds=3,
         tales_seeds=3,
         pairs=1000,
         tales_dev=100,

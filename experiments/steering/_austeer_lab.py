@@ -260,19 +260,26 @@ def control_arms(
     key: jax.Array, model: Model, reading: Reading, ours: dict[str, np.ndarray], randoms: int
 ) -> tuple[list[str], Arm]:
     """Other scores, ties, least consistent and random units, (S, C), at AUSteer's site, k and alpha, (S,) each."""
-    keys = jnp.stack([jax.random.fold_in(key, seed) for seed in range(len(ours["k"]))])
+    seeds = jnp.arange(len(ours["k"]))
     places = (jnp.asarray(ours[name]) for name in ("site", "k", "alpha"))
     names = ["mean", "steady", "inverse", *(f"random {i}" for i in range(randoms))]
-    return names, _controls(model, randoms, keys, reading, *places)
+    return names, _controls(model, randoms, key, seeds, reading, *places)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "randoms"))
 def _controls(
-    model: Model, randoms: int, keys: jax.Array, reading: Reading, places: jax.Array, k: jax.Array, alpha: jax.Array
+    model: Model,
+    randoms: int,
+    key: jax.Array,
+    seeds: jax.Array,
+    reading: Reading,
+    places: jax.Array,
+    k: jax.Array,
+    alpha: jax.Array,
 ) -> Arm:
-    """The arms of ``control_arms``; every argument but the first two has a leading axis S."""
+    """The arms of ``control_arms``; what follows the key has a leading axis S."""
 
-    def of_seed(key: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
+    def of_seed(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
         # Sites are as wide as each other in our models, so the chosen one's numbers can be picked first.
         scores, momentum, steadiness = (
             jnp.where(place == 0, *(of[site] for site in SITES)) for of in (one.scores, one.momentum, one.steadiness)
@@ -282,13 +289,14 @@ def _controls(
         size = jnp.abs(austeer.au_mask(scores, k, alpha)).sum() / jnp.abs(mean).sum()
         steady = austeer.au_mask(scores, k, alpha, tie_break=steadiness)
         inverse = baselines.matched_mask(scores, baselines.inverse_ranks(scores), k, alpha)
-        orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(jax.random.split(key, randoms))
+        keys = jax.random.split(jax.random.fold_in(key, seed), randoms)
+        orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(keys)
         drawn = jax.vmap(lambda ranks: baselines.matched_mask(scores, ranks, k, alpha))(orders)
         masks = jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
         both = {site: jnp.where(place == i, masks, 0) for i, site in enumerate(SITES)}
         return jax.vmap(lambda of_arm: arms_of(model, **of_arm))(both)
 
-    return jax.vmap(of_seed)(keys, reading, places, k, alpha)
+    return jax.vmap(of_seed)(seeds, reading, places, k, alpha)
 
 
 def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> np.ndarray:

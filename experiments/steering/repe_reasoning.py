@@ -58,7 +58,7 @@ class Config:
       dev, test: numbers of items.
       alphas: the grid; contains 0.
       randoms: random vectors of the length of the chosen type.
-      extras: also the families of IOI, few-shot prompts, and the slope at alpha = 0.
+      extras: also the families of IOI, few-shot prompts, the slope at alpha = 0, and texts before and after.
     """
 
     tasks: tuple[str, ...] = ALL_TASKS
@@ -246,9 +246,11 @@ def one_seed(
     found["auroc"] = {arm: list_auroc(listed[arm], test.right) for arm in ("zero", "chosen", "oracle")}
     if config.extras and name == "ioi":
         found["families"] = families(stream(key, "families"), subject, seed, level, v, found, config)
-    changed = np.flatnonzero(hits["chosen"] != hits["zero"])
-    prompt, before, after = lab.continuation(subject, seed, test, int(changed[:1].sum()), v, layer, alpha)
-    log.say(f"{name}, seed {seed}: {found['choice']}\n  {prompt}\n  alpha 0: {before}\n  steered: {after}")
+    log.say(f"{name}, seed {seed}: {found['choice']}")
+    if config.extras:
+        changed = np.flatnonzero(hits["chosen"] != hits["zero"])
+        prompt, before, after = lab.continuation(subject, seed, test, int(changed[:1].sum()), v, layer, alpha)
+        log.say(f"  {prompt}\n  alpha 0: {before}\n  steered: {after}")
     return found
 
 

@@ -1,35 +1,54 @@
 """What is measured: subjects, readings, arms as data, and their margins on items.
 
 An arm is four arrays, one for each place where any of the methods acts; zeros do nothing, to the bit. So every arm of
-every method, site, k and alpha is a cell of one program.
+every method, site, k and alpha is a cell of one program, and so is every block of items.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.steering._austeer_tasks import Items, Subject, Task, planted, stacked, story_task, tales_task
+from experiments.steering._austeer_planted import planted, spelled
+from experiments.steering._tales_tasks import (
+    STORIES,
+    Draw,
+    Items,
+    cells_at_once,
+    load_stories,
+    stacked,
+    story_task,
+    tales_task,
+)
 from mechlab.core.edits import chain
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
-from mechlab.core.sweeps import grid, sweep
-from mechlab.data.sources import MissingData
+from mechlab.core.sweeps import grid
 from mechlab.methods.steering import austeer, baselines
-from mechlab.methods.steering.vectors import Texts
+from mechlab.methods.steering.vectors import Texts, read_states
 from mechlab.models.generate import generate
-from mechlab.models.subjects import load_stories260k, load_tales, tales_card
+from mechlab.models.subjects import load_tales, tales_card
 from mechlab.reporting.log import Log
 
 TALES = ("recall", "mood", "agree", "ioi")
-STORIES = ("stories_mood", "stories_recall")
 TUNED = ("austeer", "sadi", "block", "caa", "iti")
 SITES = ("attn", "ffn")
+BLOCK = 40
+"""Items that are asked together."""
+
+
+class Subject(NamedTuple):
+    """A model, how it spells, and the tasks that it is asked."""
+
+    model: Model
+    params: Any
+    decode: Callable[..., str]
+    tasks: dict[str, Draw]
 
 
 class Arm(NamedTuple):
@@ -77,42 +96,49 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
     """The models with their tasks; stories260K is left out, and said so, where it is not on this machine."""
     found: dict[str, Subject] = {}
     if "planted" in config.tasks:
-        found["planted"] = planted(stream(key, "planted"))
+        found["planted"] = planted_subject(stream(key, "planted"))
     if kinds := [task for task in config.tasks if task in TALES]:
         model, params, tokenizer = load_tales("L")
         usual = tales_card("L")["usual"]
         tasks = {kind: tales_task(kind, usual[kind]) for kind in kinds}
         found["tales-L"] = Subject(model, params, tokenizer.decode, tasks)
-    if names := [task for task in config.tasks if task in STORIES]:
-        try:
-            model, params, vocabulary = load_stories260k(download=False)
-        except MissingData:
-            log.say("stories260K is not on this machine; its tasks are left out")
-        else:
-            tasks = {name: story_task(name.removeprefix("stories_"), vocabulary) for name in names}
-            found["stories260K"] = Subject(model, params, vocabulary.decode, tasks)
+    names = [task for task in config.tasks if task in STORIES]
+    if names and (stories := load_stories(log)):
+        model, params, vocabulary = stories
+        found["stories260K"] = Subject(
+            model, params, vocabulary.decode, {name: story_task(name, vocabulary) for name in names}
+        )
     return found
 
 
-def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> Reading:
+def planted_subject(key: jax.Array) -> Subject:
+    """The random model with a behaviour put in by hand."""
+    model, params, draw = planted(key)
+    return Subject(model, params, spelled, {"planted": draw})
+
+
+def read(key: jax.Array, subject: Subject, draw: Draw, seeds: int, n: int) -> Reading:
     """Scores, directions and heads of every seed, each from its own N training pairs."""
-    items = stacked([task.draw(stream(key, "train", seed), n, "train") for seed in range(seeds)])
+    items = stacked([draw(stream(key, "train", seed), n, "train") for seed in range(seeds)])
     flat = Texts(*(x.reshape(-1, *x.shape[2:]) for x in items.ended))
-    layers, heads = subject.model.module.config.layers, subject.model.module.config.heads
-    states = {
-        site: austeer.unit_states(subject.model, {"params": subject.params}, flat, site, batch=min(100, 2 * n)).reshape(
-            seeds, 2, n, layers, -1
-        )
-        for site in austeer.SITES
-    }
+    config = subject.model.module.config
+    found = read_states(
+        subject.model, {"params": subject.params}, flat, tuple(austeer.SITES.values()), batch=min(100, 2 * n)
+    )
+    states = {name: found[site].reshape(seeds, 2, n, config.layers, -1) for name, site in austeer.SITES.items()}
+    return _digest(states, heads=config.heads)
+
+
+@functools.partial(jax.jit, static_argnames="heads")
+def _digest(states: dict[str, jax.Array], heads: int) -> Reading:
+    """What the states (S, 2, N, L, ...) at each site give, every seed for itself."""
+    n = states["attn"].shape[2]
     # Pairs are independent draws, so the last fifth can rank the heads; both answers of a pair stay on one side.
     last = np.arange(2 * n) % n >= n - n // 5
 
-    @jax.jit
-    @jax.vmap
-    def digest(states: dict[str, jax.Array]) -> Reading:
+    def of_seed(states: dict[str, jax.Array]) -> Reading:
         momentum = {site: austeer.au_momentum(*states[site]) for site in SITES}
-        z = states["attn"].reshape(2 * n, layers, heads, -1)
+        z = states["attn"].reshape(2 * n, states["attn"].shape[2], heads, -1)
         return Reading(
             momentum,
             {site: austeer.au_scores(m) for site, m in momentum.items()},
@@ -121,7 +147,7 @@ def read(key: jax.Array, subject: Subject, task: Task, seeds: int, n: int) -> Re
             baselines.iti_fit(z, np.repeat([1, 0], n), np.flatnonzero(~last), np.flatnonzero(last)),
         )
 
-    return digest(states)
+    return jax.vmap(of_seed)(states)
 
 
 @jax.jit
@@ -167,25 +193,41 @@ def tuned_arms(model: Model, reading: Reading, ks: Sequence[int], alphas: Sequen
 
     Where a method has no k, its budget goes into layers and finer strengths between fixed ends.
     """
+    cells = _settings(model, ks, alphas)
+    found = _tuned(model, reading, cells)
+    return {
+        m: Choices(found[m], {"dims": touched(found[m])} | {name: np.asarray(x) for name, x in settings.items()})
+        for m, settings in cells.items()
+    }
+
+
+def _settings(model: Model, ks: Sequence[int], alphas: Sequence[float]) -> dict[str, dict[str, jax.Array]]:
+    """The settings of every method, (C,) each."""
     config = model.module.config
     budget = len(SITES) * len(ks) * len(alphas)
     kept = [k for k in (1, 2, 4, 8, 16) if k <= config.layers * config.heads]
-    layers = jnp.arange(config.layers)
+    layers = np.arange(config.layers)
 
-    def strengths(low: float, high: float, n: int) -> jax.Array:
-        return jnp.asarray(np.geomspace(low, high, max(2, n)), jnp.float32)
+    def strengths(low: float, high: float, n: int) -> np.ndarray:
+        return np.geomspace(low, high, max(2, n)).astype(np.float32)
 
-    cells = {
-        "austeer": grid(site=jnp.arange(2), k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32)),
-        "sadi": grid(site=jnp.arange(2), k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32)),
+    units = grid(site=np.arange(2), k=np.asarray(ks), alpha=np.asarray(alphas, np.float32))
+    return {
+        "austeer": units,
+        "sadi": units,
         "block": grid(
-            site=jnp.arange(2),
+            site=np.arange(2),
             layer=layers,
             alpha=strengths(min(alphas), max(alphas), budget // (2 * config.layers)),
         ),
         "caa": grid(layer=layers, alpha=strengths(0.25, 8, budget // config.layers)),
-        "iti": grid(k=jnp.asarray(kept), alpha=strengths(0.5, 16, budget // len(kept))),
+        "iti": grid(k=np.asarray(kept), alpha=strengths(0.5, 16, budget // len(kept))),
     }
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _tuned(model: Model, reading: Reading, cells: dict[str, dict[str, jax.Array]]) -> dict[str, Arm]:
+    """The arms of every method, (S, C, ...)."""
 
     def arm(method: str, one: Reading, cell: dict[str, jax.Array]) -> Arm:
         alpha = cell["alpha"]
@@ -203,18 +245,10 @@ def tuned_arms(model: Model, reading: Reading, ks: Sequence[int], alphas: Sequen
         }
         return arms_of(model, **{site: jnp.where(cell["site"] == i, masks[site], 0) for i, site in enumerate(SITES)})
 
-    @jax.jit
-    def make(reading: Reading) -> dict[str, Arm]:
-        def of_seed(one: Reading) -> dict[str, Arm]:
-            return {m: jax.vmap(functools.partial(arm, m, one))(settings) for m, settings in cells.items()}
+    def of_seed(one: Reading) -> dict[str, Arm]:
+        return {m: jax.vmap(functools.partial(arm, m, one))(settings) for m, settings in cells.items()}
 
-        return jax.vmap(of_seed)(reading)
-
-    found = make(reading)
-    return {
-        m: Choices(found[m], {"dims": touched(found[m])} | {name: np.asarray(x) for name, x in settings.items()})
-        for m, settings in cells.items()
-    }
+    return jax.vmap(of_seed)(reading)
 
 
 def touched(arms: Arm) -> np.ndarray:
@@ -226,34 +260,50 @@ def control_arms(
     key: jax.Array, model: Model, reading: Reading, ours: dict[str, np.ndarray], randoms: int
 ) -> tuple[list[str], Arm]:
     """Other scores, ties, least consistent and random units, (S, C), at AUSteer's site, k and alpha, (S,) each."""
+    seeds = jnp.arange(len(ours["k"]))
+    places = (jnp.asarray(ours[name]) for name in ("site", "k", "alpha"))
+    names = ["mean", "steady", "inverse", *(f"random {i}" for i in range(randoms))]
+    return names, _controls(model, randoms, key, seeds, reading, *places)
 
-    def of_site(key: jax.Array, one: Reading, site: str, k: jax.Array, alpha: jax.Array) -> jax.Array:
-        scores, momentum = one.scores[site], one.momentum[site]
+
+@functools.partial(jax.jit, static_argnames=("model", "randoms"))
+def _controls(
+    model: Model,
+    randoms: int,
+    key: jax.Array,
+    seeds: jax.Array,
+    reading: Reading,
+    places: jax.Array,
+    k: jax.Array,
+    alpha: jax.Array,
+) -> Arm:
+    """The arms of ``control_arms``; what follows the key has a leading axis S."""
+
+    def of_seed(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
+        # Sites are as wide as each other in our models, so the chosen one's numbers can be picked first.
+        scores, momentum, steadiness = (
+            jnp.where(place == 0, *(of[site] for site in SITES)) for of in (one.scores, one.momentum, one.steadiness)
+        )
         mean = austeer.au_mask(austeer.au_scores(momentum, "mean"), k, 1.0)
         # The mean momentum has the unit of an activation: it steers as strongly, on average, as the signs do.
         size = jnp.abs(austeer.au_mask(scores, k, alpha)).sum() / jnp.abs(mean).sum()
-        steady = austeer.au_mask(scores, k, alpha, tie_break=one.steadiness[site])
+        steady = austeer.au_mask(scores, k, alpha, tie_break=steadiness)
         inverse = baselines.matched_mask(scores, baselines.inverse_ranks(scores), k, alpha)
-        orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(jax.random.split(key, randoms))
+        keys = jax.random.split(jax.random.fold_in(key, seed), randoms)
+        orders = jax.vmap(lambda key: baselines.random_ranks(key, scores.shape))(keys)
         drawn = jax.vmap(lambda ranks: baselines.matched_mask(scores, ranks, k, alpha))(orders)
-        return jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
+        masks = jnp.concatenate([jnp.stack([size * mean, steady, inverse]), drawn])
+        both = {site: jnp.where(place == i, masks, 0) for i, site in enumerate(SITES)}
+        return jax.vmap(lambda of_arm: arms_of(model, **of_arm))(both)
 
-    @jax.jit
-    @jax.vmap
-    def make(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
-        masks = {
-            site: jnp.where(place == i, of_site(stream(jax.random.fold_in(key, seed), site), one, site, k, alpha), 0)
-            for i, site in enumerate(SITES)
-        }
-        return jax.vmap(lambda both: arms_of(model, **both))(masks)
-
-    places = (jnp.asarray(ours[name]) for name in ("site", "k", "alpha"))
-    names = ["mean", "steady", "inverse", *(f"random {i}" for i in range(randoms))]
-    return names, make(jnp.arange(len(ours["k"])), reading, *places)
+    return jax.vmap(of_seed)(seeds, reading, places, k, alpha)
 
 
 def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> np.ndarray:
-    """Logits of both candidates under each arm, on the items of its seed, in one program.
+    """Logits of both candidates under each arm, on the items of its seed.
+
+    A cell is an arm with a block of items, and chunks have one size, so that dev and test items, and all tasks whose
+    texts are padded to one width, share one program.
 
     Args:
       subject: model and parameters.
@@ -264,20 +314,33 @@ def scores_of(subject: Subject, items: Items, arms: Arm, seeds: np.ndarray) -> n
     Returns:
       (C, N, 2).
     """
-    model = subject.model
+    model, params = subject.model, subject.params
+    _, total, width = items.texts.tokens.shape
+    blocks = -(-total // BLOCK)
+    # What is missing in the last block repeats the last item.
+    rows = np.minimum(np.arange(blocks * BLOCK), total - 1).reshape(blocks, BLOCK)
+    whose, which = np.repeat(seeds, blocks), np.tile(np.arange(blocks), len(seeds))
+    size = cells_at_once(model, BLOCK, width)
+    tokens, lengths, answers = (np.asarray(x) for x in (*items.texts, items.answers[..., :2]))
+    arms = jax.tree.map(np.asarray, arms)
+    found = []
+    for start in range(0, len(whose), size):
+        cells = np.minimum(np.arange(start, start + size), len(whose) - 1)
+        of_cells = whose[cells, None], rows[which[cells]]
+        steered = jax.tree.map(lambda x, cells=cells: x[cells // blocks], arms)
+        found.append(_logits(model, params, steered, Texts(tokens[of_cells], lengths[of_cells]), answers[of_cells]))
+    logits = np.concatenate(found)[: len(whose)]
+    return logits.reshape(len(seeds), blocks * BLOCK, 2)[:, :total]
 
-    def cell(one: tuple[Arm, jax.Array], params: Any, asked: tuple[Texts, jax.Array]) -> jax.Array:
-        arm, seed = one
-        texts, candidates = jax.tree.map(lambda x: x[seed], asked)
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model: Model, params: Any, arms: Arm, texts: Texts, candidates: jax.Array) -> jax.Array:
+    """(C, N, 2) of C arms, each on its own N prompts."""
+
+    def cell(arm: Arm, texts: Texts, candidates: jax.Array) -> jax.Array:
         return austeer.steered_logits(model, params, edits_of(model, arm, texts.lengths), texts, candidates)
 
-    # On a CPU chunks that stay in its cache: about 2 million numbers of the widest activation.
-    tokens = int(np.prod(items.texts.tokens.shape[1:]))
-    small = max(1, 2_000_000 // (tokens * model.module.config.hidden))
-    batch = small if jax.default_backend() == "cpu" else None
-    return np.asarray(
-        sweep(cell, (arms, jnp.asarray(seeds)), subject.params, (items.texts, items.candidates), batch=batch)
-    )
+    return jax.vmap(cell)(arms, texts, candidates)
 
 
 def join(*arms: Arm) -> Arm:
@@ -287,12 +350,14 @@ def join(*arms: Arm) -> Arm:
 
 def continuations(subject: Subject, items: Items, row: int, arm: Arm, steps: int = 8) -> tuple[str, str, str]:
     """A prompt of the first seed, and its greedy continuation without and with an arm, as text."""
-    length = int(items.texts.lengths[0, row])
-    prompt = items.texts.tokens[0, row : row + 1, :length]
+    length, context = int(items.texts.lengths[0, row]), subject.model.module.config.context
+    steps = min(steps, context - length)
+    prompt = items.texts.tokens[0, row : row + 1, : context - steps]
     written = []
     for one in (arms_of(subject.model), arm):
         edits = edits_of(subject.model, one, jnp.asarray([length]))
-        steps = min(steps, subject.model.module.config.context - length)
-        done = generate(subject.model, {"params": subject.params, "edits": edits}, prompt, steps=steps)
+        done = generate(
+            subject.model, {"params": subject.params, "edits": edits}, prompt, jnp.asarray([length]), steps=steps
+        )
         written.append(subject.decode(np.asarray(done.tokens[0, length : length + steps]).tolist()).strip())
-    return subject.decode(np.asarray(prompt[0]).tolist()), written[0], written[1]
+    return subject.decode(np.asarray(prompt[0, :length]).tolist()), written[0], written[1]

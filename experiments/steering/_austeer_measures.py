@@ -12,7 +12,6 @@ import numpy as np
 from experiments.measures import per_seed, percent, points
 from experiments.steering._austeer_lab import TUNED
 from mechlab.analysis.intervals import resampled_auroc
-from mechlab.analysis.metrics import auroc
 from mechlab.core.rng import stream
 from mechlab.reporting.results import Metric
 
@@ -25,6 +24,7 @@ class Outcome(NamedTuple):
     Attributes:
       arms: names of the A arms; "none" first, "random 0" and so on last.
       margins: (S, A, N) logit of candidate 1 minus that of candidate 2.
+      areas: (S, A) their AUROC.
       hits: (S, A, N) whether the right one is larger.
       first: (S, N) whether the right one is candidate 1.
       corrected: (S, N) hits of the unsteered and every tuned arm by name, after a constant of its own, tuned on dev.
@@ -36,6 +36,7 @@ class Outcome(NamedTuple):
 
     arms: list[str]
     margins: np.ndarray
+    areas: np.ndarray
     hits: np.ndarray
     first: np.ndarray
     corrected: dict[str, np.ndarray]
@@ -51,7 +52,7 @@ def summarise(key: jax.Array, task: str, found: Outcome) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     place = {arm: i for i, arm in enumerate(found.arms)}
     seeds, items = found.first.shape
-    areas = np.stack([np.asarray(auroc(m, first)) for m, first in zip(found.margins, found.first, strict=True)])
+    areas = found.areas
     draws = np.mean(
         [resampled_auroc(stream(key, "auroc", seed), found.margins[seed], found.first[seed]) for seed in range(seeds)],
         axis=0,

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.steering import _austeer_lab as lab
-from experiments.steering._austeer_tasks import PLANTED_RIGHT, PLANTED_WRONG, Items, Subject
+from experiments.steering._austeer_planted import PLANTED_RIGHT, PLANTED_WRONG
+from experiments.steering._tales_tasks import Items
 from mechlab.analysis.intervals import resampled_auroc
 from mechlab.analysis.metrics import auroc
-from mechlab.methods.steering import austeer, baselines
+from mechlab.methods.steering import austeer
 from mechlab.reporting.results import Metric
 
 
@@ -45,7 +46,7 @@ class Words(NamedTuple):
 
 def scan(
     key: jax.Array,
-    subject: Subject,
+    subject: lab.Subject,
     scores: dict[str, jax.Array],
     dev: Items,
     test: Items,
@@ -63,13 +64,12 @@ def scan(
     """
     model, layers = subject.model, subject.model.module.config.layers
 
-    def alone(site: str) -> jax.Array:
-        return alpha * scores[site] * jnp.eye(scores[site].size).reshape(-1, *scores[site].shape)
+    def masks_of(beta: np.ndarray) -> np.ndarray:
+        # Every unit alone, then all units of each layer; on the host, where nothing has to be compiled.
+        alone = np.eye(beta.size, dtype=np.float32).reshape(-1, *beta.shape)
+        return alpha * beta * np.concatenate([alone, alone.reshape(layers, -1, *beta.shape).sum(1)])
 
-    def blocks(site: str) -> jax.Array:
-        return jax.vmap(lambda layer: baselines.whole_block(scores[site], layer, alpha))(jnp.arange(layers))
-
-    def aurocs(items: Items, masks: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    def aurocs(items: Items, masks: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         # No steering first, then the masks of each site, zeros at the other.
         sizes = np.cumsum([0, 1, *(len(of_site) for of_site in masks.values())])
         arms = jax.tree.map(lambda x: np.zeros((sizes[-1], *x.shape), np.float32), lab.arms_of(model))
@@ -77,9 +77,9 @@ def scan(
             getattr(arms, site)[sizes[i] : sizes[i + 1]] = of_site
         logits = lab.scores_of(subject, items, arms, np.zeros(sizes[-1], int))
         margins, first = logits[..., 0] - logits[..., 1], np.asarray(items.right[0]) == 0
-        return margins, np.asarray(auroc(margins, first))
+        return margins, np.asarray(jax.jit(auroc)(margins, first))
 
-    masks = {site: jnp.concatenate([alone(site), blocks(site)]) for site in lab.SITES}
+    masks = {site: masks_of(np.asarray(scores[site])) for site in lab.SITES}
     margins, found = aurocs(dev, masks)
     draws = np.asarray(resampled_auroc(key, margins, np.asarray(dev.right[0]) == 0, resamples=resamples))
     gain, noise = found - found[0], (draws - draws[0]) - (found - found[0])[:, None]
@@ -96,7 +96,7 @@ def scan(
     band = float(np.quantile(np.abs(np.concatenate(noises)).max(0), 0.95))
 
     best = {
-        site: jnp.concatenate(
+        site: np.concatenate(
             [masks[site][np.arange(layers) * x.shape[1] + x.argmax(1)], masks[site][-layers:]]
         )
         for site, x in units.items()
@@ -132,7 +132,7 @@ def scan_metrics(found: Scan, task: str, items: int) -> dict[str, Metric]:
     return metrics
 
 
-def words(subject: Subject, scores: jax.Array, site: str, k: int, top: int = 3) -> Words:
+def words(subject: lab.Subject, scores: jax.Array, site: str, k: int, top: int = 3) -> Words:
     """The first k units: which tokens the slice of each raises and lowers most, and how unlike the slices are."""
     layers, dims, beta = austeer.select_aus(scores, k)
     tables = {layer: austeer.au_token_logits(subject.model, subject.params, int(layer), site) for layer in set(layers)}

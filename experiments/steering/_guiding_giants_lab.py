@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mechlab.analysis.metrics import kl_divergence
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
 from mechlab.data.worlds import requests as world
@@ -18,7 +19,6 @@ from mechlab.methods.steering.cast import constant_edits
 from mechlab.methods.steering.guiding_giants_training import (
     adamw,
     answer_logits,
-    divergence,
     end_to_end_loss,
     train_controller,
 )
@@ -169,7 +169,7 @@ def _lanes(model: Model, params: Any, lanes: Any, panel: tuple[jax.Array, ...]) 
             }
         texts = generate(model, variables, tokens, lengths, steps=ANSWER)
         answers = jnp.take_along_axis(texts.tokens, lengths[:, None] + jnp.arange(ANSWER), 1)
-        moved = divergence(base_logits, answer_logits(model, variables, tokens, lengths, base_answers))
+        moved = kl_divergence(base_logits, answer_logits(model, variables, tokens, lengths, base_answers))
         return answers, moved.mean(-1)
 
     # One lane at a time: a lane is a batch of prompts already, and memory stays that of one.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from experiments.steering._repe_reasoning_lab import STORIES, TALES
+from experiments.steering._repe_reasoning_lab import TALES
+from experiments.steering._tales_tasks import STORIES
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]

@@ -11,23 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.steering._repe_reasoning_tasks import (
-    Items,
-    Task,
-    arith_task,
-    deduce_task,
-    few_shot,
-    negatives,
-    story_task,
-    tales_task,
-    with_answers,
-)
+from experiments.steering._repe_reasoning_tasks import Task, arith_task, deduce_task, few_shot, negatives
+from experiments.steering._tales_tasks import STORIES, Items, cells_at_once, load_stories, story_task, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
+from mechlab.core import select
 from mechlab.core.model import Model
 from mechlab.core.rng import stream, streams
-from mechlab.data.sources import MissingData
 from mechlab.data.worlds import reasoning
 from mechlab.methods.steering import repe_reasoning as repe
+from mechlab.methods.steering.baselines import caa_edits
 from mechlab.methods.steering.doses import dose_cells, dose_grid
 from mechlab.methods.steering.vectors import (
     SteeringVector,
@@ -37,16 +29,17 @@ from mechlab.methods.steering.vectors import (
     steered_logits,
 )
 from mechlab.models.generate import generate
-from mechlab.models.subjects import load_stories260k, load_tales
+from mechlab.models.subjects import load_tales
 from mechlab.models.transformer import llama, transformer
 from mechlab.reporting.log import Log
 from mechlab.training.batches import generated
 from mechlab.training.loop import Job, fit_many
 
 TYPES = ("reading", "contrast", "pca_contrast")
-TALES = {"ioi": (6, 8, 10), "recall": (10, 11, 12), "mood": (6,)}
-STORIES = ("stories_mood", "stories_recall")
+TALES = {"ioi": (8, 10, 12), "recall": (11, 12, 13), "mood": (6,)}
 EASY_ENOUGH = 0.9
+ORACLE_TEXTS = 60
+CONV_STD = 0.5
 
 
 class Subject(NamedTuple):
@@ -69,7 +62,7 @@ class Reading(NamedTuple):
     """What was read from the texts of one task and seed.
 
     Attributes:
-      vectors: (L, D) by name: the types, "shuffled", "incorrect", "unrelated".
+      vectors: (L, D) by name: the types, "shuffled", "incorrect", "unrelated", "oracle".
       cosine: (L,) between PCA-C's component and the mean difference.
       solved: how many texts of N the model answered, and the vectors were read from.
     """
@@ -103,26 +96,23 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
     if kinds := [task for task in config.tasks if task in TALES]:
         model, params, tokenizer = load_tales(config.tales)
         layers = config.tales_layers or tuple(range(model.module.config.layers))
-        tasks = {kind: tales_task(kind, TALES[kind]) for kind in kinds}
+        tasks = {kind: Task({n: tales_task(kind, n) for n in TALES[kind]}, scrambled=kind != "mood") for kind in kinds}
         found["tales"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, tokenizer.ids["."], layers)
     own = {
-        "deduce": deduce_task(config.hops, config.facts),
-        "arith": arith_task(config.people),
+        "deduce": Task({n: deduce_task(config.hops, n) for n in config.facts}),
+        "arith": Task({n: arith_task(n) for n in config.people}),
     }
     if tasks := {name: task for name, task in own.items() if name in config.tasks}:
         model, params = train_decoders(stream(key, "decoders"), config, tuple(tasks), log)
         tokenizer = reasoning.question_tokenizer
         found["own"] = Subject(model, params, tokenizer, tasks, tokenizer.ids["."], tuple(range(config.layers)))
-    if names := [task for task in config.tasks if task in STORIES]:
-        try:
-            model, weights, vocabulary = load_stories260k(download=False)
-        except MissingData:
-            log.say("stories260K is not on this machine; its tasks are left out")
-        else:
-            tasks = {name: story_task(name.removeprefix("stories_"), vocabulary) for name in names}
-            end = int(vocabulary.encode("x.")[-1])
-            layers = tuple(range(model.module.config.layers))
-            found["stories260K"] = Subject(model, [weights] * config.tales_seeds, vocabulary, tasks, end, layers)
+    names = [task for task in config.tasks if task in STORIES]
+    if names and (stories := load_stories(log)):
+        model, weights, vocabulary = stories
+        tasks = {name: Task({0: story_task(name, vocabulary)}) for name in names}
+        end = int(vocabulary.encode("x.")[-1])
+        layers = tuple(range(model.module.config.layers))
+        found["stories260K"] = Subject(model, [weights] * config.tales_seeds, vocabulary, tasks, end, layers)
     return found
 
 
@@ -169,7 +159,10 @@ def train_decoders(key: jax.Array, config: Any, tasks: tuple[str, ...], log: Log
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
     def build(lane: jax.Array) -> Job:
-        return Job(loss, model.init(stream(jax.random.fold_in(key, lane), "init")), optimiser, generated(sample))
+        start = model.init(stream(jax.random.fold_in(key, lane), "init"))
+        # At its usual 0.02 a token would hardly know its neighbours, and so no name would be found for long.
+        start = select.map_at(start, "embed/conv", lambda kernel: CONV_STD / 0.02 * kernel)
+        return Job(loss, start, optimiser, generated(sample))
 
     lanes = jnp.arange(config.seeds)
     keys = jax.vmap(lambda lane: stream(jax.random.fold_in(key, lane), "batches"))(lanes)
@@ -191,8 +184,8 @@ def right_of(logits: jax.Array, items: Items) -> np.ndarray:
 def choose_level(key: jax.Array, subject: Subject, task: Task, n: int) -> tuple[int, float]:
     """The first level that the unsteered first model answers at most 90 % of, on dev items; and its accuracy."""
     accuracy = 0.0
-    for level in task.levels:
-        items = task.draw(stream(key, level), n, "dev", level)
+    for level, draw in task.levels.items():
+        items = draw(stream(key, level), n, "dev")
         accuracy = float(right_of(logits_of(subject.model, subject.params[0], items.texts), items).mean())
         if accuracy <= EASY_ENOUGH:
             break
@@ -209,33 +202,58 @@ def read(key: jax.Array, subject: Subject, seed: int, task: Task, level: int, n:
       family: of IOI, the order of names that texts are of; items are asked for until there are N of it.
 
     Returns:
-      The vectors; "incorrect" only where at least two texts are answered wrongly.
+      The vectors; "incorrect" only where at least two texts are answered wrongly. "oracle" is no method: the gradient
+      of the mean margin of the right answer by what is added in a layer, over texts of all families, as long as R-C.
     """
     draw, mixed, swap, other = streams(key, "items negatives shuffled unrelated")
     model, variables = subject.model, {"params": subject.params[seed]}
-    items = task.draw(draw, n if family is None else 2 * n, "train", level)
+    items = task.levels[level](draw, n if family is None else 2 * n, "train")
+    of_all = items.take(np.arange(min(n, ORACLE_TEXTS)))
     if family is not None:
         rows = np.flatnonzero(np.asarray(items.right) == family)[:n]
-        items = jax.tree.map(lambda leaf: leaf[rows], items)
+        items = items.take(rows)
     hits = right_of(logits_of(model, subject.params[seed], items.texts), items)
     vocabulary = model.module.config.vocabulary
     wrong = negatives(mixed, items, vocabulary, task.scrambled)
-    high = last_states(model, variables, with_answers(items, items.gold), batch=len(hits))
+    high = last_states(model, variables, items.solved, batch=len(hits))
     low = last_states(model, variables, wrong, batch=len(hits))
-    kept = repe.only_correct(high, hits), repe.only_correct(low, hits)
-    found = {kind: repe.control_vector(kind, *kept) for kind in TYPES}
-    # Pairs that point either way at random have no mean but noise; it is made as long as the true one.
-    signs = jax.random.rademacher(swap, (len(kept[0]), 1, 1))
-    noise = (signs * (kept[0] - kept[1])).mean(0)
+    found, cosine = _vectors(swap, repe.only_correct(high, hits), repe.only_correct(low, hits))
     length = jnp.linalg.norm(found["contrast"], axis=-1, keepdims=True)
-    found["shuffled"] = noise * length / jnp.linalg.norm(noise, axis=-1, keepdims=True)
+    found["oracle"] = _as_long(steepest(model, subject.params[seed], of_all), length)
     if (~hits).sum() >= 2:
         found["incorrect"] = repe.contrast_vector(repe.only_correct(high, ~hits), repe.only_correct(low, ~hits))
     # What all texts of the model share: a reading vector of text that asks nothing.
     found["unrelated"] = repe.reading_vector(
         last_states(model, variables, negatives(other, items, vocabulary, False), batch=len(hits))
     )
-    return Reading(found, np.asarray(repe.component_cosine(*kept)), int(hits.sum()))
+    return Reading(found, np.asarray(cosine), int(hits.sum()))
+
+
+@jax.jit
+def _vectors(key: jax.Array, high: jax.Array, low: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Every type and "shuffled", and the cosine of PCA-C's component, from states (N, L, D) of pairs."""
+    found = {kind: repe.control_vector(kind, high, low) for kind in TYPES}
+    # Pairs that point either way at random have no mean but noise; it is made as long as the true one.
+    signs = jax.random.rademacher(key, (len(high), 1, 1))
+    length = jnp.linalg.norm(found["contrast"], axis=-1, keepdims=True)
+    found["shuffled"] = _as_long((signs * (high - low)).mean(0), length)
+    return found, repe.component_cosine(high, low)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def steepest(model: Model, params: Any, items: Items) -> jax.Array:
+    """(L, D): the gradient of the mean margin of the right answer by a vector added after each block, at all tokens."""
+
+    def margin(v: jax.Array) -> jax.Array:
+        logits = steered_logits(model, params, caa_edits(model, v), items.texts)
+        return log_odds(candidate_scores(logits, items.answers), items.right).mean()
+
+    config = model.module.config
+    return jax.grad(margin)(jnp.zeros((config.layers, config.width)))
+
+
+def _as_long(v: jax.Array, length: jax.Array) -> jax.Array:
+    return v * length / jnp.linalg.norm(v, axis=-1, keepdims=True)
 
 
 def on_grid(
@@ -255,6 +273,7 @@ def on_grid(
         layers=np.asarray(layers),
         strengths=np.asarray(alphas),
         tokens=items.answers,
+        batch=cells_at_once(subject.model, *items.texts.tokens.shape),
     )
     return Grid(list(vectors), items, found)
 
@@ -288,7 +307,7 @@ def ask_with_example(
 
     None where prompts with an example are longer than the model's context.
     """
-    examples = task.draw(key, len(test.right), "train", level)
+    examples = task.levels[level](key, len(test.right), "train")
     texts = few_shot(test, examples, subject.end)
     texts = texts._replace(tokens=texts.tokens[:, : int(texts.lengths.max())])
     if texts.tokens.shape[1] > subject.model.module.config.context:
@@ -301,10 +320,11 @@ def continuation(
 ) -> tuple[str, str, str]:
     """A prompt and its greedy continuations without and with the vector, as text."""
     length = int(items.texts.lengths[row])
-    prompt = items.texts.tokens[row : row + 1, :length]
+    prompt = items.texts.tokens[row : row + 1]
     outputs = []
     for strength in (0.0, alpha):
         edits = repe.control_edits(subject.model, v, layer, strength)
-        done = generate(subject.model, {"params": subject.params[seed], "edits": edits}, prompt, steps=steps)
+        variables = {"params": subject.params[seed], "edits": edits}
+        done = generate(subject.model, variables, prompt, jnp.asarray([length]), steps=steps)
         outputs.append(subject.tokenizer.decode(np.asarray(done.tokens[0, length : length + steps]).tolist()))
-    return subject.tokenizer.decode(np.asarray(prompt[0]).tolist()), outputs[0], outputs[1]
+    return subject.tokenizer.decode(np.asarray(prompt[0, :length]).tolist()), outputs[0], outputs[1]

@@ -40,8 +40,8 @@ def summarise(key: jax.Array, name: str, runs: list[dict[str, Any]], alphas: Seq
     )
     for arm in ("zero", "chosen"):
         metrics[f"mass/{name}/{arm}"] = per_seed(stacked("masses", arm).mean(1), "probability")
-        if all("auroc" in one for one in runs):
-            metrics[f"auroc/{name}/{arm}"] = per_seed([one["auroc"][arm] for one in runs], "")
+    for arm in runs[0]["auroc"]:
+        metrics[f"auroc/{name}/{arm}"] = per_seed([one["auroc"][arm] for one in runs], "AUROC")
     chosen = stacked("hits", "chosen").mean(1)
     best = np.asarray([one["random_hits"].max() for one in runs])
     metrics[f"over_random/{name}"] = per_seed(100 * (chosen - best), "points")

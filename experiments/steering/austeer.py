@@ -27,7 +27,7 @@ from experiments.steering import _austeer_lab as lab
 from experiments.steering import _austeer_units as units
 from experiments.steering._austeer_claims import CLAIMS
 from experiments.steering._austeer_measures import Outcome, pooled, summarise
-from experiments.steering._austeer_tasks import Items, Subject, stacked
+from experiments.steering._tales_tasks import STORIES, Items, stacked
 from mechlab.analysis.margins import list_correct, tune_offsets
 from mechlab.analysis.metrics import auroc
 from mechlab.core.rng import stream
@@ -37,7 +37,7 @@ from mechlab.reporting.results import Metric, Result, judge_claims
 
 __all__ = ["CLAIMS", "PRESETS", "Config", "run"]
 
-ALL_TASKS = ("planted", *lab.TALES, *lab.STORIES)
+ALL_TASKS = ("planted", *lab.TALES, *STORIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,15 +61,15 @@ class Config:
     """
 
     tasks: tuple[str, ...] = ("planted", "recall", "mood", "agree", "stories_mood", "stories_recall")
-    seeds: int = 3
+    seeds: int = 2
     tales_seeds: int = 1
     pairs: int = 200
     dev: int = 80
-    test: int = 250
-    tales_dev: int = 48
-    tales_test: int = 150
-    ks: tuple[int, ...] = (1, 4, 16, 64, 100)
-    alphas: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0)
+    test: int = 240
+    tales_dev: int = 40
+    tales_test: int = 120
+    ks: tuple[int, ...] = (1, 4, 16, 100)
+    alphas: tuple[float, ...] = (1.0, 5.0, 20.0)
     tales_ks: tuple[int, ...] = (1, 16, 100)
     tales_alphas: tuple[float, ...] = (1.0, 5.0, 20.0)
     randoms: int = 10
@@ -101,7 +101,7 @@ class Config:
     def sizes(self, task: str) -> tuple[int, int, int, int]:
         """Seeds, pairs, dev items and test items of this task."""
         if task == "planted":
-            return self.seeds, 32, 48, 96
+            return self.seeds, 32, 40, 80
         if task in lab.TALES:
             return self.tales_seeds, self.pairs, self.tales_dev, self.tales_test
         return self.seeds, self.pairs, self.dev, self.test
@@ -136,6 +136,7 @@ PRESETS: dict[str, Config] = {
     ),
     # The paper's grid on our subjects; its own models, of 7 to 9 billion parameters, are not wired up.
     "paper": Config(
+        seeds=3,
         tales_seeds=3,
         pairs=1000,
         tales_dev=100,
@@ -191,21 +192,21 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
 
 
 def one_task(
-    key: jax.Array, subject: Subject, name: str, config: Config, log: Log
+    key: jax.Array, subject: lab.Subject, name: str, config: Config, log: Log
 ) -> tuple[lab.Reading, Items, Items, Outcome]:
     """Score units, choose on dev, test: all seeds of a task at once."""
-    task, (ks, alphas) = subject.tasks[name], config.grid(name)
+    draw_items, (ks, alphas) = subject.tasks[name], config.grid(name)
     seeds, pairs, n_dev, n_test = config.sizes(name)
-    reading = lab.read(key, subject, task, seeds, pairs)
+    reading = lab.read(key, subject, draw_items, seeds, pairs)
     dev, test = (
-        stacked([task.draw(stream(key, pool, seed), n, pool) for seed in range(seeds)])
+        stacked([draw_items(stream(key, pool, seed), n, pool) for seed in range(seeds)])
         for pool, n in (("dev", n_dev), ("test", n_test))
     )
     tuned = lab.tuned_arms(subject.model, reading, ks, alphas)
     none = jax.tree.map(lambda x: np.zeros((seeds, 1, *x.shape)), lab.arms_of(subject.model))
     dev_logits = ask(subject, dev, lab.join(none, *(options.arms for options in tuned.values())))
-    dev_found = [areas_and_hits(*one) for one in zip(dev_logits, np.asarray(dev.right), strict=True)]
-    worth = np.stack([(areas + hits.mean(-1)) / 2 for areas, hits in dev_found])
+    dev_areas, dev_hits = map(np.asarray, areas_and_hits(dev_logits, dev.right))
+    worth = (dev_areas + dev_hits.mean(-1)) / 2
 
     # Arm 0 is no steering; the options of each method follow.
     starts = np.cumsum([1, *(len(options.settings["alpha"]) for options in tuned.values())])
@@ -231,7 +232,7 @@ def one_task(
     arms = lab.join(none, *chosen, others)
     names = ["none", *tuned, *controls]
     logits = ask(subject, test, arms)
-    found = [areas_and_hits(*one) for one in zip(logits, np.asarray(test.right), strict=True)]
+    areas, hits = map(np.asarray, areas_and_hits(logits, test.right))
     after_offset = {
         arm: np.stack([offset_hits(dev_logits[s, at[s]], dev.right[s], logits[s, i], test.right[s]) for s in rows])
         for i, (arm, at) in enumerate(places.items())
@@ -242,22 +243,24 @@ def one_task(
     outcome = Outcome(
         arms=names,
         margins=logits[..., 0] - logits[..., 1],
-        hits=np.stack([hits for _, hits in found]),
+        areas=areas,
+        hits=hits,
         first=np.asarray(test.right) == 0,
         corrected=after_offset,
         choices=choices,
         ties=np.asarray(
             [austeer.tie_count(beta, int(k)) for beta, k in zip(scores, choices["austeer"]["k"], strict=True)]
         ),
-        dev_auroc=np.stack([areas[ours_on_dev] for areas, _ in dev_found]).reshape(grid_shape),
-        dev_hits=np.stack([hits[ours_on_dev].mean(-1) for _, hits in dev_found]).reshape(grid_shape),
+        dev_auroc=dev_areas[:, ours_on_dev].reshape(grid_shape),
+        dev_hits=dev_hits[:, ours_on_dev].mean(-1).reshape(grid_shape),
         ranks=[ranked_layers(beta) for beta in scores],
     )
-    say_text(subject, test, name, outcome, jax.tree.map(lambda x: x[0, names.index("austeer")], arms), log)
+    if name != "planted":
+        say_text(subject, test, name, outcome, jax.tree.map(lambda x: x[0, names.index("austeer")], arms), log)
     return reading, dev, test, outcome
 
 
-def ask(subject: Subject, items: Items, arms: lab.Arm) -> np.ndarray:
+def ask(subject: lab.Subject, items: Items, arms: lab.Arm) -> np.ndarray:
     """Logits (S, A, N, 2) of each seed's arms (S, A, ...) on its own items."""
     seeds, n = arms.attn.shape[:2]
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arms)
@@ -265,10 +268,11 @@ def ask(subject: Subject, items: Items, arms: lab.Arm) -> np.ndarray:
     return logits.reshape(seeds, n, *logits.shape[1:])
 
 
-def areas_and_hits(logits: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """AUROC (A,) of the margins, and hits (A, N), of logits (A, N, 2)."""
-    areas = auroc(logits[..., 0] - logits[..., 1], right == 0)
-    return np.asarray(areas), np.asarray(list_correct(jnp.asarray(logits), right))
+@jax.jit
+@jax.vmap
+def areas_and_hits(logits: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """AUROC (S, A) of the margins, and hits (S, A, N), of logits (S, A, N, 2)."""
+    return auroc(logits[..., 0] - logits[..., 1], right == 0), list_correct(logits, right)
 
 
 @jax.jit
@@ -283,13 +287,13 @@ def ranked_layers(scores: jax.Array) -> np.ndarray:
     return np.stack([layers, np.arange(len(layers))], 1)
 
 
-def say_text(subject: Subject, test: Items, name: str, found: Outcome, arm: lab.Arm, log: Log) -> None:
+def say_text(subject: lab.Subject, test: Items, name: str, found: Outcome, arm: lab.Arm, log: Log) -> None:
     """Show a prompt whose answer was wrong and is now right, where there is one, with its greedy continuations."""
     none, ours = (found.hits[0, found.arms.index(which)] for which in ("none", "austeer"))
     mended, changed = np.flatnonzero(ours & ~none), np.flatnonzero(ours != none)
     row = int([*mended, *changed, 0][0])
     prompt, before, after = lab.continuations(subject, test, row, arm)
-    sides = [subject.decode([int(token)]).strip() for token in test.candidates[0, row]]
+    sides = [subject.decode([int(token)]).strip() for token in test.answers[0, row, :2]]
     setting = {key: float(value[0]) for key, value in found.choices["austeer"].items()}
     log.say(
         f"  AUSteer of seed 0: {setting}\n  prompt: {prompt}\n  right: {sides[int(test.right[0, row])]}, of {sides}\n"

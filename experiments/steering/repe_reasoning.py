@@ -7,8 +7,8 @@ Vectors of three types are read from texts that end in the right answer, and add
 Type, layer and alpha (never 0) are chosen on dev items; names and things of train, dev and test are disjoint. Beside
 the chosen vector stand: no vector; constant offsets of the answers tuned on dev; random vectors of the same length,
 each with its own dev choice of layer and alpha; vectors of shuffled pairs, of wrongly answered items, of text that asks
-nothing, of another task; and one solved example in the prompt. The level of difficulty is set on dev before any vector
-is read.
+nothing, of another task; the gradient of the right answer's margin, which no method has; and one solved example in the
+prompt. The level of difficulty is set on dev before any vector is read.
 
 The paper's gains are on Pythia and Mistral and are not quoted. Ours are on docs/papers/repe_reasoning.md.
 """
@@ -16,18 +16,20 @@ The paper's gains are on Pythia and Mistral and are not quoted. Ours are on docs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.steering import _repe_reasoning_figures as draw
 from experiments.steering import _repe_reasoning_lab as lab
 from experiments.steering._repe_reasoning_claims import CLAIMS
 from experiments.steering._repe_reasoning_measures import summarise
+from experiments.steering._tales_tasks import STORIES, Items, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds, tune_offsets
-from mechlab.analysis.metrics import auroc, spearman
+from mechlab.analysis.metrics import auroc, kl_divergence, spearman
 from mechlab.core.rng import stream
 from mechlab.methods.steering import repe_reasoning as repe
 from mechlab.reporting.log import Log
@@ -35,7 +37,7 @@ from mechlab.reporting.results import Metric, Result, judge_claims
 
 __all__ = ["CLAIMS", "PRESETS", "Config", "run"]
 
-ALL_TASKS = (*lab.TALES, "deduce", "arith", *lab.STORIES)
+ALL_TASKS = (*lab.TALES, "deduce", "arith", *STORIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,26 +58,26 @@ class Config:
       dev, test: numbers of items.
       alphas: the grid; contains 0.
       randoms: random vectors of the length of the chosen type.
-      extras: also the families of IOI, few-shot prompts, and the slope at alpha = 0.
+      extras: also the families of IOI, few-shot prompts, the slope at alpha = 0, and texts before and after.
     """
 
     tasks: tuple[str, ...] = ALL_TASKS
-    seeds: int = 3
+    seeds: int = 1
     tales_seeds: int = 1
     tales: Literal["S", "M", "L"] = "L"
     tales_layers: tuple[int, ...] = (3,)
     layers: int = 3
     width: int = 64
-    steps: int = 500
+    steps: int = 600
     batch: int = 64
     rate: float = 3e-3
     hops: int = 1
-    facts: tuple[int, ...] = (3, 4, 5, 6)
+    facts: tuple[int, ...] = (3, 4)
     people: tuple[int, ...] = (1, 2)
-    texts: int = 200
-    dev: int = 40
-    test: int = 80
-    alphas: tuple[float, ...] = (-1.0, -0.5, -0.25, -0.1, 0.0, 0.1, 0.25, 0.5, 1.0)
+    texts: int = 100
+    dev: int = 32
+    test: int = 60
+    alphas: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
     randoms: int = 10
     extras: bool = True
 
@@ -104,10 +106,11 @@ PRESETS: dict[str, Config] = {
         seeds=1,
         layers=2,
         width=48,
-        steps=150,
+        steps=60,
+        batch=32,
         facts=(2,),
         texts=64,
-        dev=32,
+        dev=64,
         test=64,
         alphas=(-1.0, 0.0, 1.0),
         randoms=2,
@@ -125,6 +128,7 @@ PRESETS: dict[str, Config] = {
         hops=2,
         facts=(3, 4, 5, 6, 7, 8),
         people=(1, 2, 3, 4),
+        texts=200,
         dev=150,
         test=500,
         alphas=_FINE,
@@ -137,6 +141,7 @@ PRESETS: dict[str, Config] = {
         steps=4000,
         facts=(3, 4, 5, 6, 7, 8),
         people=(1, 2, 3, 4),
+        texts=200,
         dev=150,
         test=500,
         alphas=_FINE,
@@ -194,8 +199,8 @@ def one_seed(
 ) -> dict[str, Any]:
     """Choices on dev and outcomes on test of one task and seed: hits, margins, masses (N,) by arm, and curves (A,)."""
     task = subject.tasks[name]
-    dev = task.draw(stream(key, "dev"), config.dev, "dev", level)
-    test = task.draw(stream(key, "test"), config.test, "test", level)
+    draw_items = task.levels[level]
+    dev, test = (draw_items(stream(key, pool), n, pool) for pool, n in (("dev", config.dev), ("test", config.test)))
     grid = lab.on_grid(subject, seed, dev, vectors, subject.layers, config.alphas)
     places, worths = best_places(grid, config.alphas, subject.layers)
     chosen = max(lab.TYPES, key=lambda kind: worths[kind])
@@ -223,20 +228,29 @@ def one_seed(
         "choice": {"type": chosen, "layer": layer, "alpha": alpha},
         "random_hits": np.asarray([hits[arm].mean() for arm in randoms]),
         "random_margins": np.asarray([margins[arm].mean() for arm in randoms]),
-        "control": control(subject, seed, test, grid, vectors, chosen, randoms, config),
     }
-    found["curves"] = curves(subject, seed, test, v, layer, randoms, config)
+    on_test: dict[int, lab.Grid] = {}
+
+    def band(layer: int) -> lab.Grid:
+        """Every type, then the random vectors, on test items in one layer."""
+        if layer not in on_test:
+            shown = {kind: vectors[kind] for kind in lab.TYPES} | randoms
+            on_test[layer] = lab.on_grid(subject, seed, test, shown, [layer], config.alphas)
+        return on_test[layer]
+
+    found["control"] = control(subject, seed, test, grid, vectors, chosen, band, config)
+    found["curves"] = curves(subject, seed, test, v, layer, band(layer), chosen, config)
     found["curves"]["dev"] = grid.hits[grid.names.index(chosen)].mean(-1)
     at_zero, at_alpha = config.alphas.index(0.0), config.alphas.index(alpha)
     found["masses"] = {arm: found["curves"]["correct"][i] for arm, i in (("zero", at_zero), ("chosen", at_alpha))}
-    if len(np.unique(test.right)) == 2:
-        first = np.asarray(test.right) == 0
-        found["auroc"] = {arm: float(auroc(listed[arm][:, 0] - listed[arm][:, 1], first)) for arm in ("zero", "chosen")}
+    found["auroc"] = {arm: list_auroc(listed[arm], test.right) for arm in ("zero", "chosen", "oracle")}
     if config.extras and name == "ioi":
         found["families"] = families(stream(key, "families"), subject, seed, level, v, found, config)
-    changed = np.flatnonzero(hits["chosen"] != hits["zero"])
-    prompt, before, after = lab.continuation(subject, seed, test, int(changed[:1].sum()), v, layer, alpha)
-    log.say(f"{name}, seed {seed}: {found['choice']}\n  {prompt}\n  alpha 0: {before}\n  steered: {after}")
+    log.say(f"{name}, seed {seed}: {found['choice']}")
+    if config.extras:
+        changed = np.flatnonzero(hits["chosen"] != hits["zero"])
+        prompt, before, after = lab.continuation(subject, seed, test, int(changed[:1].sum()), v, layer, alpha)
+        log.say(f"  {prompt}\n  alpha 0: {before}\n  steered: {after}")
     return found
 
 
@@ -254,25 +268,38 @@ def best_places(
     return places, worths
 
 
+def list_auroc(listed: jax.Array, right: jax.Array) -> float:
+    """Of scores (N, C): for each answer that is ever right, its score minus the mean of the others, told from the rest.
+
+    The mean over these answers; with two of them the AUROC of their difference. Constants of answers change nothing.
+    """
+    present = np.unique(right)
+    scores = np.asarray(listed)[:, present].T
+    others = (scores.sum(0) - scores) / (len(present) - 1)
+    areas = jax.vmap(auroc)(scores - others, jnp.asarray(right) == present[:, None])
+    return float(areas.mean())
+
+
 def curves(
     subject: lab.Subject,
     seed: int,
-    test: lab.Items,
+    test: Items,
     v: jax.Array,
     layer: int,
-    randoms: dict[str, jax.Array],
+    band: lab.Grid,
+    chosen: str,
     config: Config,
 ) -> dict[str, np.ndarray]:
     """What alpha does to test items in the chosen layer, (A,); the probability mass by item, (A, N)."""
-    band = lab.on_grid(subject, seed, test, {"chosen": v} | randoms, [layer], config.alphas)
     accuracy, margin = band.hits[:, 0].mean(-1), band.margins[:, 0].mean(-1)
+    ours = band.names.index(chosen)
     logits = repe.alpha_sweep(subject.model, subject.params[seed], test.texts, v, layer, np.asarray(config.alphas))
     correct, wrong = repe.answer_mass(logits, test.answers, test.gold)
-    kl = np.asarray(repe.kl_divergence(logits[config.alphas.index(0.0)], logits))
+    kl = np.asarray(kl_divergence(logits[config.alphas.index(0.0)], logits, eps=repe.EPSILON))
     return {
-        "accuracy": accuracy[0],
-        "random": accuracy[1:],
-        "margin": margin[0],
+        "accuracy": accuracy[ours],
+        "random": accuracy[len(lab.TYPES) :],
+        "margin": margin[ours],
         "kl": kl.mean(-1),
         "kl_sd": kl.std(-1),
         "entropy": np.asarray(repe.entropy_bits(logits)).mean(-1),
@@ -284,11 +311,11 @@ def curves(
 def control(
     subject: lab.Subject,
     seed: int,
-    test: lab.Items,
+    test: Items,
     grid: lab.Grid,
     vectors: dict[str, jax.Array],
     chosen: str,
-    randoms: dict[str, jax.Array],
+    band: Callable[[int], lab.Grid],
     config: Config,
 ) -> dict[str, float] | None:
     """How the margin follows alpha in [-0.5, 0.5], for the type and layer that move it most on dev.
@@ -304,7 +331,9 @@ def control(
     moved = np.abs(moves[..., config.alphas.index(0.5)] - moves[..., config.alphas.index(-0.5)])
     s, k = np.unravel_index(moved.argmax(), moved.shape)
     v, layer = vectors[kinds[s]], subject.layers[k]
-    means = lab.on_grid(subject, seed, test, {"": v} | randoms, [layer], inside).margins[:, 0].mean(-1)
+    places = [config.alphas.index(alpha) for alpha in inside]
+    means = band(layer).margins[:, 0, places].mean(-1)
+    ours, others = means[lab.TYPES.index(kinds[s])], means[len(lab.TYPES) :]
     _, slope = repe.margin_slopes(
         subject.model,
         subject.params[seed],
@@ -314,14 +343,14 @@ def control(
         test.answers,
         test.right,
     )
-    zero = means[0, inside.index(0.0)]
+    zero = ours[inside.index(0.0)]
     return {
-        "rank": float(spearman(np.asarray(inside), means[0])),
-        "up": float(means[0, inside.index(0.1)] - zero),
-        "down": float(means[0, inside.index(-0.1)] - zero),
+        "rank": float(spearman(np.asarray(inside), ours)),
+        "up": float(ours[inside.index(0.1)] - zero),
+        "down": float(ours[inside.index(-0.1)] - zero),
         "slope": float(slope.mean()),
-        "moved": float(abs(means[0, -1] - means[0, 0])),
-        "random_moved": float(np.abs(means[1:, -1] - means[1:, 0]).max()),
+        "moved": float(abs(ours[-1] - ours[0])),
+        "random_moved": float(np.abs(others[:, -1] - others[:, 0]).max()),
     }
 
 
@@ -334,7 +363,7 @@ def families(
     """
     outcome = {}
     for length, distractors in (("", level // 2), ("L", level)):
-        items = subject.tasks["ioi"].draw(stream(key, "family" + length), config.test, "test", distractors)
+        items = tales_task("ioi", distractors)(stream(key, "family" + length), config.test, "test")
         alphas = np.asarray([0.0, found["choice"]["alpha"]])
         logits = repe.alpha_sweep(subject.model, subject.params[seed], items.texts, v, found["choice"]["layer"], alphas)
         hits = np.asarray(list_correct(candidate_scores(logits, items.answers), items.right))

@@ -195,6 +195,27 @@ def confusion(
     return jnp.einsum("nt,...np->...tp", truth, guess)
 
 
+def kl_divergence(
+    p: Float[ArrayLike, "... V"], q: Float[ArrayLike, "... V"], *, eps: float = 0.0
+) -> Float[Array, "..."]:
+    """KL(p | q) = sum p (log(p + eps) - log(q + eps)) of two distributions given by their logits, nats.
+
+    Args:
+      p, q: (..., V) logits; leading axes broadcast.
+      eps: added to probabilities inside the logarithms, which bounds what a token that q excludes can cost. Exact, and
+        at least 0 but for rounding, without it.
+
+    Returns:
+      (...) float32.
+
+    >>> round(float(kl_divergence(jnp.array([50.0, 0.0]), jnp.array([0.0, 0.0]))), 4)  # log 2
+    0.6931
+    """
+    a, b = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32), -1) for x in (p, q))
+    log_p, log_q = (jnp.log(jnp.exp(x) + eps) if eps else x for x in (a, b))
+    return (jnp.exp(a) * (log_p - log_q)).sum(-1)
+
+
 def jensen_shannon(p: Float[ArrayLike, "... V"], q: Float[ArrayLike, "... V"]) -> Float[Array, "..."]:
     """Jensen-Shannon divergence of two distributions given by their logits, nats, in [0, log 2].
 

@@ -137,6 +137,18 @@ def test_jensen_shannon_is_scipys_symmetric_and_zero_between_equals():
     np.testing.assert_allclose(metrics.jensen_shannon(p, p), 0, atol=1e-6)
 
 
+def test_kl_is_scipys_and_eps_bounds_it():
+    p, q = np.random.default_rng(4).normal(size=(2, 5, 9)).astype(np.float32)
+    first, second = (np.asarray(jax.nn.softmax(x), np.float64) for x in (p, q))
+    np.testing.assert_allclose(metrics.kl_divergence(p, q), scipy.stats.entropy(first, second, axis=-1), rtol=1e-5)
+    with_eps = (first * np.log((first + 0.1) / (second + 0.1))).sum(-1)
+    np.testing.assert_allclose(metrics.kl_divergence(p, q, eps=0.1), with_eps, rtol=1e-5)
+    np.testing.assert_array_equal(metrics.kl_divergence(p, p), 0)
+    sure, never = np.float32([100, 0]), np.float32([0, 100])
+    np.testing.assert_allclose(metrics.kl_divergence(sure, never), 100, rtol=1e-5)
+    np.testing.assert_allclose(metrics.kl_divergence(sure, never, eps=1e-8), np.log(1e8), rtol=1e-5)
+
+
 def test_scores_of_a_single_class_and_of_other_lengths_are_refused():
     with pytest.raises(ValueError, match="both 0 and 1"):
         metrics.auroc(np.zeros(3), np.ones(3, int))

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mechlab.analysis.metrics import kl_divergence
 from mechlab.core.model import Model, Variables
 from mechlab.methods.circuits.reading import Read, at_read
 from mechlab.models.transformer import unembed
@@ -144,9 +145,7 @@ def tuned_lens_loss(model: Model, params: Any) -> Callable[[TunedLens, Any], tup
     def loss(lens: TunedLens, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         tokens = batch["tokens"]
         logits = logit_lens(model, variables, tokens, lens=lens)
-        log_q = jax.nn.log_softmax(logits[:-1])
-        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(logits[-1]))
-        kl = (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        kl = kl_divergence(jax.lax.stop_gradient(logits[-1]), logits[:-1])
         weight = batch.get("mask", jnp.ones(tokens.shape)).astype(jnp.float32)
         per_depth = (kl * weight).sum((1, 2)) / weight.sum()
         return per_depth.mean(), {"kl": per_depth}

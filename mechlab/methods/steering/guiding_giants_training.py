@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mechlab.analysis.metrics import kl_divergence
 from mechlab.core.model import Model, Variables
 from mechlab.core.rng import require_typed, stream
 from mechlab.methods.steering.guiding_giants import Steered, controller_apply, steering
@@ -213,17 +214,11 @@ def end_to_end_loss(
     logits, sizes = _through_answers(step, steered, batch["tokens"], batch["lengths"], batch["answers"])
     log_p = jax.nn.log_softmax(logits)
     refusal = -jnp.take_along_axis(log_p, batch["answers"][..., None], -1)[..., 0].sum(-1)
-    moved = divergence(batch["base"], logits).mean(-1)
+    moved = kl_divergence(batch["base"], logits).mean(-1)
     target = batch["target"].astype(jnp.float32)
     benign = 1 - target
     per_target, per_benign = (refusal * target).sum() / jnp.maximum(target.sum(), 1), (moved * benign).sum()
     return per_target + kl * per_benign / jnp.maximum(benign.sum(), 1) + size * sizes.mean()
-
-
-def divergence(base: Float[Array, "... V"], edited: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """KL(p_base | p_edit) of two sets of logits, nats."""
-    log_base, log_edit = jax.nn.log_softmax(base), jax.nn.log_softmax(edited)
-    return (jnp.exp(log_base) * (log_base - log_edit)).sum(-1)
 
 
 def _through_answers(

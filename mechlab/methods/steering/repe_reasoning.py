@@ -11,8 +11,9 @@ N paired texts that cannot be solved:
 
     h <- h + alpha v_l,    with ``normalize``  h <- (h + alpha v_l) |h| / |h + alpha v_l|
 
-What alpha does is described by the next token's distribution p_alpha: KL(p_0 | p_alpha) in *nats*, its entropy in
-*bits* (both with 1e-8 added inside the logarithm), and its probability mass on right and wrong answers.
+What alpha does is described by the next token's distribution p_alpha: KL(p_0 | p_alpha) in *nats*
+(``analysis.metrics.kl_divergence``), its entropy in *bits*, both with ``EPSILON`` added inside the logarithm, and its
+probability mass on right and wrong answers.
 
 Differs from the official code: u is turned to the side of the mean difference (there its sign is the solver's; a flip
 mirrors the axis of alpha), states are read at each text's true last token (there a pad token, where texts are padded),
@@ -22,6 +23,7 @@ orthogonal to it: ``component_cosine`` says how far they agree.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -224,35 +226,14 @@ def margin_slopes(
 
     Returns:
       Margins (N,), nats, and slopes (S, N), nats per unit of alpha.
+
+    Raises:
+      ValueError: two answers of an item that are the same token.
     """
 
-    @jax.jit
-    def slopes(params: Any, vectors: jax.Array, layers: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def along(v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-            def margin(alpha: jax.Array) -> jax.Array:
-                logits = steered_logits(model, params, control_edits(model, v, layer, alpha), texts)
-                return log_odds(candidate_scores(logits, answers), right)
-
-            return jax.jvp(margin, (jnp.zeros(()),), (jnp.ones(()),))
-
-        margins, slope = jax.vmap(along)(vectors, layers)
-        return margins[0], slope
-
-    return slopes(params, jnp.asarray(vectors), jnp.asarray(layers))
-
-
-def kl_divergence(
-    logits_ref: Float[ArrayLike, "... V"], logits: Float[ArrayLike, "... V"], eps: float = EPSILON
-) -> Float[Array, "..."]:
-    """KL(p_0 | p_alpha) = sum p_0 (log(p_0 + eps) - log(p_alpha + eps)), *nats*.
-
-    Args:
-      logits_ref: (..., V) without the vector.
-      logits: (..., V) with it.
-      eps: keeps logarithms finite, and makes the result differ from 0 at equal p by rounding only.
-    """
-    p, q = (jax.nn.softmax(jnp.asarray(x, jnp.float32), -1) for x in (logits_ref, logits))
-    return (p * (jnp.log(p + eps) - jnp.log(q + eps))).sum(-1)
+    ids, right = jnp.atleast_2d(jnp.asarray(answers)), jnp.asarray(right)
+    answer_index(ids, jnp.broadcast_to(ids, (len(right), ids.shape[1]))[jnp.arange(len(right)), right])
+    return _slopes(model, params, jnp.asarray(vectors), jnp.asarray(layers), texts, jnp.asarray(answers), right)
 
 
 def entropy_bits(logits: Float[ArrayLike, "... V"], eps: float = EPSILON) -> Float[Array, "..."]:
@@ -352,6 +333,27 @@ def final_number(text: str) -> float | None:
             return float(found[0].replace(",", ""))
     numbers = number.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _slopes(
+    model: Model,
+    params: Any,
+    vectors: jax.Array,
+    layers: jax.Array,
+    texts: Texts,
+    answers: jax.Array,
+    right: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    def along(v: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def margin(alpha: jax.Array) -> jax.Array:
+            logits = steered_logits(model, params, control_edits(model, v, layer, alpha), texts)
+            return log_odds(candidate_scores(logits, answers), right)
+
+        return jax.jvp(margin, (jnp.zeros(()),), (jnp.ones(()),))
+
+    margins, slope = jax.vmap(along)(vectors, layers)
+    return margins[0], slope
 
 
 def _states(name: str, states: ArrayLike, least: int) -> jax.Array:

@@ -11,6 +11,7 @@ A vector belongs to the model whose activations it was read from: the card that 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,27 +132,44 @@ def last_states(
       KeyError: unknown site.
       ValueError: lengths that do not fit, or activations that are not finite, naming the layer.
     """
+    return read_states(model, variables, texts, (site,), batch=batch)[site]
+
+
+def read_states(
+    model: Model, variables: Variables, texts: Texts, sites: Sequence[str], *, batch: int = 32
+) -> dict[str, Float[Array, "N L ..."]]:
+    """Several sites at the last token of every text, from one forward of each; arguments and errors of ``last_states``.
+
+    Returns:
+      Site name to (N, L, ...) float32.
+    """
     tokens, lengths = map(jnp.asarray, texts)
     if tokens.ndim != 2 or lengths.shape != tokens.shape[:1] or not len(tokens):
         raise ValueError(f"texts: wanted tokens (N, T) and lengths (N,), got {tokens.shape} and {lengths.shape}.")
     if int(lengths.min()) < 1 or int(lengths.max()) > tokens.shape[1]:
         raise ValueError(f"texts: lengths must be in 1..{tokens.shape[1]}, got {lengths.min()}..{lengths.max()}.")
 
-    @jax.jit
-    def read(variables: Variables, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        acts = model.capture(variables, tokens, Texts(tokens, lengths).positions, sites=(site,))[1][site]
-        return jnp.moveaxis(acts[:, jnp.arange(len(tokens)), lengths - 1], 1, 0).astype(jnp.float32)
-
-    def at_rows(start: int) -> jax.Array:
+    def at_rows(start: int) -> dict[str, jax.Array]:
         # The last chunk repeats its last text instead of changing shape, which would compile a second program.
         rows = np.minimum(np.arange(start, start + min(batch, len(tokens))), len(tokens) - 1)
-        return read(variables, tokens[rows], lengths[rows])
+        return _read(model, variables, tokens[rows], lengths[rows], tuple(sites))
 
-    states = jnp.concatenate([at_rows(start) for start in range(0, len(tokens), batch)])[: len(tokens)]
-    finite = np.isfinite(np.asarray(states)).reshape(len(tokens), states.shape[1], -1).all((0, 2))
-    if not finite.all():
-        raise ValueError(f'site "{site}" is not finite in layer {int(np.argmin(finite))}.')
+    chunks = [at_rows(start) for start in range(0, len(tokens), batch)]
+    states = jax.tree.map(lambda *parts: jnp.concatenate(parts)[: len(tokens)], *chunks)
+    for site, of_site in states.items():
+        finite = np.isfinite(np.asarray(of_site)).reshape(len(tokens), of_site.shape[1], -1).all((0, 2))
+        if not finite.all():
+            raise ValueError(f'site "{site}" is not finite in layer {int(np.argmin(finite))}.')
     return states
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def _read(
+    model: Model, variables: Variables, tokens: jax.Array, lengths: jax.Array, sites: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    acts = model.capture(variables, tokens, Texts(tokens, lengths).positions, sites=sites)[1]
+    rows = jnp.arange(len(tokens))
+    return {site: jnp.moveaxis(acts[site][:, rows, lengths - 1], 1, 0).astype(jnp.float32) for site in sites}
 
 
 def steering_vector(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.steering import _austeer_lab as lab
-from experiments.steering import _austeer_tasks as tasks
+from experiments.steering import _tales_tasks as tasks
 from experiments.steering.austeer import CLAIMS, PRESETS, Config, run
 from mechlab.methods.steering import austeer
 from mechlab.reporting.log import Log
@@ -22,7 +22,7 @@ def result():
 
 @pytest.fixture(scope="module")
 def subject():
-    return tasks.planted(jax.random.key(3))
+    return lab.planted_subject(jax.random.key(3))
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def test_metrics_are_what_they_say(result):
 
 
 def test_arms_of_zeros_are_the_model_and_each_array_acts(subject):
-    items = subject.tasks["planted"].draw(jax.random.key(0), 12, "dev")
+    items = subject.tasks["planted"](jax.random.key(0), 50, "dev")
     none = lab.arms_of(subject.model)
     some = [lab.arms_of(subject.model, **{name: 1 + getattr(none, name)}) for name in lab.Arm._fields]
     arms = jax.tree.map(lambda *x: jnp.stack(x), none, *some)
     logits = lab.scores_of(subject, tasks.stacked([items]), arms, np.zeros(5, int))
-    plain = austeer.steered_logits(subject.model, subject.params, {}, items.texts, items.candidates)
+    plain = austeer.steered_logits(subject.model, subject.params, {}, items.texts, items.answers)
     np.testing.assert_allclose(logits[0], plain, rtol=1e-5, atol=1e-6)
     assert (np.abs(logits[1:] - logits[:1]).max((1, 2)) > 1e-4).all()
 
@@ -97,56 +97,6 @@ def test_controls_steer_as_strongly_as_austeer(subject, reading):
         np.testing.assert_allclose(jnp.abs(masks).sum((1, 2)), strength, rtol=1e-5)
         assert not other.any()
         assert (np.abs(masks[3] - masks[4]) > 0).any()
-
-
-@pytest.mark.parametrize("kind", ["recall", "agree"])
-def test_orders_of_candidates_mean_something_and_do_not_tell(kind):
-    items = tasks.tales_task(kind, 0).draw(jax.random.key(0), 20, "dev")
-    assert np.bincount(np.asarray(items.right)).tolist() == [10, 10]
-    tokens = np.asarray(items.ended.tokens)
-    last = tokens[np.arange(40), np.asarray(items.ended.lengths) - 1].reshape(2, 20)
-    chosen = np.take_along_axis(np.asarray(items.candidates), np.asarray(items.right)[:, None], 1)[:, 0]
-    np.testing.assert_array_equal(last[0], chosen)
-    assert (last[0] != last[1]).all()
-    if kind == "agree":
-        assert len(set(np.asarray(items.candidates)[:, 0].tolist())) == 1
-    else:  # the first candidate is told of first
-        where = (np.asarray(items.texts.tokens)[:, :, None] == np.asarray(items.candidates)[:, None]).argmax(1)
-        assert (where[:, 0] < where[:, 1]).all()
-
-
-def test_candidates_are_compared_where_they_first_differ():
-    items = tasks.encoded(
-        lambda text: [ord(x) for x in text], ["a", "bc"], [("xyz", "xq"), ("m", "n")], np.asarray([1, 0])
-    )
-    assert items.texts.lengths.tolist() == [3, 3]  # "a x", "bc "
-    assert items.candidates.tolist() == [[ord("y"), ord("q")], [ord("m"), ord("n")]]
-    assert bytes(items.ended.tokens[0, :4].tolist()).decode() == "a xq"
-    assert items.ended.lengths.tolist() == [4, 4, 5, 4]
-
-
-def test_stories_are_balanced_and_split_by_cue():
-    assert len(tasks.HAPPY) == len(tasks.SAD) == 20 and len(set(tasks.HAPPY + tasks.SAD)) == 40
-    spelling = type("Spelling", (), {"encode": staticmethod(lambda text: [ord(x) for x in text])})
-    for kind in ("mood", "recall"):
-        drawn = {pool: tasks.story_task(kind, spelling).draw(jax.random.key(1), 60, pool) for pool in tasks.POOLS}
-        texts = {
-            pool: [
-                bytes(row[:n].tolist()).decode()
-                for row, n in zip(np.asarray(x.texts.tokens), x.texts.lengths, strict=True)
-            ]
-            for pool, x in drawn.items()
-        }
-        assert np.asarray(drawn["test"].right).tolist() == [0, 1] * 30
-        names = {pool: {name for name in tasks.NAMES if any(name in text for text in texts[pool])} for pool in texts}
-        assert not names["train"] & names["test"] and not names["dev"] & names["test"]
-        if kind == "mood":
-            cues = {
-                pool: {cue for cue in tasks.HAPPY + tasks.SAD if any(cue + "." in t for t in texts[pool])}
-                for pool in texts
-            }
-            assert not cues["train"] & cues["test"] and not cues["dev"] & cues["test"]
-            assert all(("happy" in t) is False for t in texts["test"])
 
 
 def test_claims_fail_and_hold_by_their_numbers():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from experiments.steering import _repe_reasoning_tasks as tasks
-from experiments.steering.repe_reasoning import CLAIMS, PRESETS, Config, run
+from experiments.steering._tales_tasks import listed
+from experiments.steering.repe_reasoning import CLAIMS, PRESETS, Config, list_auroc, run
+from mechlab.analysis.metrics import auroc
 from mechlab.data.worlds import reasoning
 from mechlab.methods.steering.vectors import Texts
 from mechlab.reporting.log import Log
@@ -36,23 +38,12 @@ def test_smoke_run_draws_its_figures(result):
     assert {"accuracy_deduce", "kl", "entropy", "mass_deduce", "norms_deduce", "heat_deduce"} == set(result.figures)
 
 
-def test_answer_lists_do_not_tell_the_answer_and_answers_end_the_texts():
-    items = tasks.tales_task("recall", (0,)).draw(jax.random.key(0), 20, "dev", 0)
-    assert sorted(np.bincount(np.asarray(items.right)).tolist()) == [10, 10] and items.answers.shape[1] >= 6
-    ended = tasks.with_answers(items, items.gold)
-    last = np.asarray(ended.tokens)[np.arange(20), np.asarray(ended.lengths) - 1]
-    np.testing.assert_array_equal(last, items.gold)
-    # The facts name both answers, so the list's first place belongs to the first person.
-    where = (np.asarray(items.texts.tokens)[:, :, None] == np.asarray(items.answers)[:, None, :2]).argmax(1)
-    assert (where[:, 0] < where[:, 1]).all()
-
-
 @pytest.mark.parametrize("scrambled", [True, False])
 def test_negatives_keep_lengths_and_answer_nothing(scrambled):
-    items = tasks.deduce_task(1, (3,)).draw(jax.random.key(1), 50, "train", 3)
+    items = tasks.deduce_task(1, 3)(jax.random.key(1), 50, "train")
     vocabulary = len(reasoning.question_tokenizer)
     wrong = tasks.negatives(jax.random.key(2), items, vocabulary, scrambled)
-    right = tasks.with_answers(items, items.gold)
+    right = items.solved
     np.testing.assert_array_equal(wrong.lengths, right.lengths)
     changed = np.asarray(wrong.tokens != right.tokens)
     listed = (np.asarray(right.tokens)[..., None] == np.asarray(items.answers[0])).any(-1)
@@ -62,9 +53,22 @@ def test_negatives_keep_lengths_and_answer_nothing(scrambled):
 
 
 def test_an_example_stands_before_the_prompt():
-    items = tasks.Items(Texts(jnp.asarray([[1, 5, 6, 0]]), jnp.asarray([3])), jnp.asarray([[7, 8]]), jnp.asarray([1]))
+    prompts = Texts(jnp.asarray([[1, 5, 6, 0]]), jnp.asarray([3]))
+    items = listed(prompts, jnp.asarray([[7, 8]]), jnp.asarray([1]))
     shot = tasks.few_shot(items, items, end=2)
     assert shot.tokens[0, : int(shot.lengths[0])].tolist() == [1, 5, 6, 8, 2, 5, 6]
+
+
+def test_auroc_of_lists_knows_no_offsets_and_is_that_of_the_difference_for_two():
+    rng = np.random.default_rng(0)
+    scores, right = rng.normal(size=(40, 3)), rng.integers(0, 3, 40)
+    with_offsets = list_auroc(scores + np.asarray([2.0, -1.0, 0.5]), right)
+    np.testing.assert_allclose(list_auroc(scores, right), with_offsets, rtol=1e-5)
+    scores[np.arange(40), right] += 10
+    assert list_auroc(scores, right) == 1 and list_auroc(-scores, right) == 0
+    two = rng.integers(0, 2, 40)
+    wanted = float(auroc(scores[:, 0] - scores[:, 1], two == 0))
+    np.testing.assert_allclose(list_auroc(scores, two), wanted, rtol=1e-5)
 
 
 def test_claims_fail_and_hold_by_their_numbers():

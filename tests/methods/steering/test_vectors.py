@@ -40,6 +40,14 @@ def test_states_are_those_of_each_text_alone():
         np.testing.assert_allclose(states[row], alone["resid_post"][:, 0, -1], rtol=1e-5, atol=1e-6)
 
 
+def test_sites_are_read_together_as_alone():
+    sites = ("attn_z", "resid_post")
+    together = vectors.read_states(MODEL, {"params": PARAMS}, TEXTS, sites, batch=2)
+    for site in sites:
+        alone = last_states(MODEL, {"params": PARAMS}, TEXTS, site=site, batch=2)
+        np.testing.assert_allclose(together[site], alone, rtol=1e-6, atol=1e-7)
+
+
 def test_heads_keep_their_axes():
     assert last_states(MODEL, {"params": PARAMS}, TEXTS, site="attn_z").shape == (3, 3, 4, 4)
 

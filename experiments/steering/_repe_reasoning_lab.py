@@ -12,9 +12,11 @@ import numpy as np
 import optax
 
 from experiments.steering._repe_reasoning_tasks import Task, arith_task, deduce_task, few_shot, negatives
+from experiments.steering._repe_reasoning_texts import reader_tasks
 from experiments.steering._tales_tasks import STORIES, Items, cells_at_once, load_stories, story_task, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
 from mechlab.core import select
+from mechlab.core.errors import UserError
 from mechlab.core.model import Model
 from mechlab.core.rng import stream, streams
 from mechlab.data.worlds import reasoning
@@ -28,6 +30,7 @@ from mechlab.methods.steering.vectors import (
     random_vectors,
     steered_logits,
 )
+from mechlab.models import hub
 from mechlab.models.generate import generate
 from mechlab.models.subjects import load_tales
 from mechlab.models.transformer import llama, transformer
@@ -106,6 +109,13 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
         model, params = train_decoders(stream(key, "decoders"), config, tuple(tasks), log)
         tokenizer = reasoning.question_tokenizer
         found["own"] = Subject(model, params, tokenizer, tasks, tokenizer.ids["."], tuple(range(config.layers)))
+    if config.reader:
+        model, params, tokenizer = hub.load(config.reader)
+        if tokenizer is None:
+            raise UserError(f"{config.reader} has no tokenizer: it cannot be asked.")
+        end, middle = int(tokenizer.encode("x.")[-1]), model.module.config.layers // 2
+        tasks = reader_tasks(tokenizer)
+        found["reader"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, end, (middle,))
     names = [task for task in config.tasks if task in STORIES]
     if names and (stories := load_stories(log)):
         model, weights, vocabulary = stories

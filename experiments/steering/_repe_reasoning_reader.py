@@ -24,7 +24,6 @@ from mechlab.data.text import load_problems
 from mechlab.methods.steering import repe_reasoning as repe
 from mechlab.methods.steering.vectors import SteeringVector, Texts, last_states, pad, random_vectors
 from mechlab.models.generate import generate
-from mechlab.models.hub import load
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric
 
@@ -52,16 +51,13 @@ class Reader(NamedTuple):
 Problem = tuple[str, float]
 
 
-def gsm8k(key: jax.Array, source: str, config: Any, log: Log) -> dict[str, Metric]:
-    """The metrics ``gsm8k/...`` of a checkpoint: a folder, a hub id or a llama2.c file.
+def gsm8k(key: jax.Array, model: Model, params: Any, tokenizer: Any, config: Any, log: Log) -> dict[str, Metric]:
+    """The metrics ``gsm8k/...`` of a model.
 
     Raises:
-      UserError: it has no tokenizer, or solves fewer than two of the problems, so that no vector can be read.
+      UserError: it solves fewer than two of the problems, so that no vector can be read.
       MissingData: GSM8K is not here and cannot be had.
     """
-    model, params, tokenizer = load(source)
-    if tokenizer is None:
-        raise UserError(f"{source} has no tokenizer: problems cannot be asked.")
     reader = Reader(model, params, tokenizer, config.solution, model.module.config.layers // 2)
     train, test = ([(question, repe.final_number(answer)) for question, answer in part] for part in load_problems())
     return study(key, reader, draw_problems(key, train, test, (config.texts, config.dev, config.test)), config, log)

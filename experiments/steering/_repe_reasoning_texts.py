@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.steering._repe_reasoning_tasks import Items, Task
+from experiments.steering._repe_reasoning_tasks import Task
+from experiments.steering._tales_tasks import Draw, Items, listed
 from mechlab.core.errors import UserError
 from mechlab.methods.steering.vectors import pad
 
@@ -64,12 +65,8 @@ def deduce_text(rng: np.random.Generator, level: int, names: tuple[str, ...]) ->
 
 
 def text_task(
-    write: Callable[[np.random.Generator, int, tuple[str, ...]], tuple[str, list[str], int]],
-    levels: tuple[int, ...],
-    tokenizer: Any,
-    *,
-    scrambled: bool,
-) -> Task:
+    write: Callable[[np.random.Generator, int, tuple[str, ...]], tuple[str, list[str], int]], level: int, tokenizer: Any
+) -> Draw:
     """Items of one of the two kinds in the tokens of a model.
 
     Raises:
@@ -79,7 +76,7 @@ def text_task(
     def first_token(text: str, word: str) -> int:
         return int(tokenizer.encode(f"{text} {word}")[len(tokenizer.encode(text))])
 
-    def draw(key: jax.Array, n: int, pool: str, level: int) -> Items:
+    def draw(key: jax.Array, n: int, pool: str) -> Items:
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         found = [write(rng, level, POOLS[pool]) for _ in range(n)]
         answers = [[first_token(text, word) for word in words] for text, words, _ in found]
@@ -88,6 +85,14 @@ def text_task(
                 raise UserError(f"the tokenizer begins two of the answers {', '.join(words)} with the same token.")
         rows = [[int(token) for token in tokenizer.encode(text)] for text, _, _ in found]
         right = jnp.asarray([place for _, _, place in found])
-        return Items(pad(rows, max(map(len, rows)) // 16 * 16 + 16), jnp.asarray(answers), right)
+        return listed(pad(rows, max(map(len, rows)) // 16 * 16 + 16), jnp.asarray(answers), right)
 
-    return Task(draw, levels, scrambled)
+    return draw
+
+
+def reader_tasks(tokenizer: Any) -> dict[str, Task]:
+    """Both kinds; the level is the number of sentences in front, or of persons."""
+    return {
+        "reader_ioi": Task({level: text_task(ioi_text, level, tokenizer) for level in (0, 2, 4)}, scrambled=True),
+        "reader_deduce": Task({level: text_task(deduce_text, level, tokenizer) for level in (2, 3, 4, 5)}),
+    }

@@ -27,9 +27,11 @@ from experiments.steering import _repe_reasoning_figures as draw
 from experiments.steering import _repe_reasoning_lab as lab
 from experiments.steering._repe_reasoning_claims import CLAIMS
 from experiments.steering._repe_reasoning_measures import summarise
+from experiments.steering._repe_reasoning_reader import gsm8k
 from experiments.steering._tales_tasks import STORIES, Items, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds, tune_offsets
 from mechlab.analysis.metrics import auroc, kl_divergence, spearman
+from mechlab.core.errors import UserError
 from mechlab.core.rng import stream
 from mechlab.methods.steering import repe_reasoning as repe
 from mechlab.reporting.log import Log
@@ -58,6 +60,10 @@ class Config:
       dev, test: numbers of items.
       alphas: the grid; contains 0.
       randoms: random vectors of the length of the chosen type.
+      reader: a decoder of the hub, or a folder, that is asked IOI, deduction and GSM8K as text, steered in its middle
+        layer; "" leaves it out.
+      solution: tokens that it may write per problem of GSM8K.
+      solution_alphas: the grid there, where every cell is a text.
       extras: also the families of IOI, few-shot prompts, the slope at alpha = 0, and texts before and after.
     """
 
@@ -79,21 +85,26 @@ class Config:
     test: int = 60
     alphas: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
     randoms: int = 10
+    reader: str = ""
+    solution: int = 256
+    solution_alphas: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0)
     extras: bool = True
 
     def __post_init__(self) -> None:
         unknown = [task for task in self.tasks if task not in ALL_TASKS]
-        if unknown or not self.tasks:
+        if unknown or not (self.tasks or self.reader):
             raise ValueError(f"tasks: unknown {unknown}; known: {', '.join(ALL_TASKS)}")
         if 0.0 not in self.alphas or len(set(self.alphas)) < 2 or not np.isfinite(self.alphas).all():
             raise ValueError(f"alphas: wanted finite numbers with 0 and another one among them, got {self.alphas}")
         if tuple(sorted(self.alphas)) != self.alphas:
             raise ValueError(f"alphas: wanted rising numbers, got {self.alphas}")
         if (
-            min(self.seeds, self.tales_seeds, self.steps, self.batch, self.randoms) < 1
+            min(self.seeds, self.tales_seeds, self.steps, self.batch, self.randoms, self.solution) < 1
             or min(self.texts, self.dev, self.test) < 2
         ):
-            raise ValueError("seeds, steps, batch and randoms must be at least 1; texts, dev and test at least 2")
+            raise ValueError(
+                "seeds, steps, batch, randoms, solution must be at least 1; texts, dev and test at least 2"
+            )
         if self.width % 16:
             raise ValueError(f"width: wanted a multiple of 16, the width of a head, got {self.width}")
 
@@ -133,14 +144,11 @@ PRESETS: dict[str, Config] = {
         test=500,
         alphas=_FINE,
     ),
-    # The paper's grid and more items on our subjects; its own models, Pythia and Mistral, are not wired up.
+    # One of the paper's models; the others by --set reader=EleutherAI/pythia-1.4b.
     "paper": Config(
-        tales_layers=(),
-        seeds=5,
-        tales_seeds=5,
-        steps=4000,
-        facts=(3, 4, 5, 6, 7, 8),
-        people=(1, 2, 3, 4),
+        tasks=(),
+        reader="mistralai/Mistral-7B-Instruct-v0.1",
+        solution=512,
         texts=200,
         dev=150,
         test=500,
@@ -154,7 +162,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     metrics: dict[str, Metric] = {}
     drawn: dict[str, dict[str, Any]] = {}
     boot = stream(key, "bootstrap")
-    for subject in lab.make_subjects(key, config, log).values():
+    subjects = lab.make_subjects(key, config, log)
+    for subject in subjects.values():
         levels = {}
         for name, task in subject.tasks.items():
             levels[name], found = lab.choose_level(stream(key, name, "level"), subject, task, config.dev)
@@ -165,7 +174,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
             keys = {name: stream(jax.random.fold_in(key, seed), name) for name in subject.tasks}
             readings = {
                 name: lab.read(
-                    keys[name], subject, seed, task, levels[name], config.texts, 0 if name == "ioi" else None
+                    keys[name], subject, seed, task, levels[name], config.texts, 0 if name.endswith("ioi") else None
                 )
                 for name, task in subject.tasks.items()
             }
@@ -183,6 +192,12 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
         for name, of_seeds in runs.items():
             metrics |= summarise(stream(boot, name), name, of_seeds, config.alphas)
             drawn[name] = {"runs": of_seeds, "layers": subject.layers}
+    if config.reader:
+        reader = subjects["reader"]
+        try:
+            metrics |= gsm8k(stream(key, "gsm8k"), reader.model, reader.params[0], reader.tokenizer, config, log)
+        except UserError as error:
+            log.say(f"gsm8k is left out: {error}")  # the other tasks took their time and stay
     figures = draw.all_figures(config.alphas, drawn)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
 

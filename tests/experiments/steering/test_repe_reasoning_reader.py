@@ -129,13 +129,13 @@ def test_deduction_follows_its_rules():
 
 def test_text_items_are_scored_at_the_first_token_of_answers():
     words = Words()
-    items = text_task(ioi_text, (0,), words, scrambled=True).draw(jax.random.key(0), 6, "dev", 0)
+    items = text_task(ioi_text, 0, words)(jax.random.key(0), 6, "dev")
     assert items.answers.shape == (6, 4) and items.texts.tokens.shape[1] % 16 == 0
     names = {number: word for word, number in words.known.items()}
     for row, length, gold in zip(items.texts.tokens, items.texts.lengths, items.gold, strict=True):
         said = [names[int(token)] for token in row[:length]]
         assert said[-1] == "to" and names[int(gold)] in said
-    again = text_task(ioi_text, (0,), words, scrambled=True).draw(jax.random.key(0), 6, "dev", 0)
+    again = text_task(ioi_text, 0, words)(jax.random.key(0), 6, "dev")
     np.testing.assert_array_equal(items.texts.tokens, again.texts.tokens)
 
 
@@ -145,4 +145,4 @@ def test_answers_that_begin_alike_are_refused():
             return [7] * len(text)
 
     with pytest.raises(UserError, match="with the same token"):
-        text_task(deduce_text, (2,), Letters(), scrambled=False).draw(jax.random.key(0), 2, "dev", 2)
+        text_task(deduce_text, 2, Letters())(jax.random.key(0), 2, "dev")

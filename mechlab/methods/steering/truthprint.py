@@ -1,0 +1,526 @@
+"""TruthPrInt (Duan et al., ICCV 2025, arXiv 2503.10602): hallucinated objects are seen one token early, and avoided.
+
+Whether the object word y_t of a caption is hallucinated is read from h, the residual stream after one block at the
+position that *predicts* it, t - 1. A detector G of such states is trained on captions whose truth is known:
+
+    G(h_{t-1}) = sigmoid(MLP((h_{t-1} - mean) / std)),    hallucinated if G >= tau                           (detector)
+
+While decoding, a flagged object word is not written. The text goes back to the least confident token of the current
+sentence, which is forbidden there as long as what precedes it stays the same (pre-intervention):
+
+    i* = argmin_{s <= i < t} p(y_i | y_<i, image),    B_{i*} <- B_{i*} + {y_{i*}},    t <- i*                 (rollback)
+
+ComnHallu carries G to another model or other images without labels. With V_s, V_t the leading k eigenvectors of the
+centred second moments of source and target states:
+
+    Z_s = (X_s - mean_s) V_s,    Z_t = (X_t - mean_t) V_t M,    M = V_tᵀ V_s                                (alignment)
+
+No official code is public. Our choices, because the public record leaves them open: the size and training of G, the
+first minimum, a limit of interventions per sentence, a budget of forwards, and the direction of the alignment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mechlab.analysis.linalg import truncated_svd
+from mechlab.analysis.metrics import auroc
+from mechlab.core.rng import require_typed, streams
+from mechlab.methods.steering.decoding import IDLE, Step
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Int
+
+Rollback = Literal["min_conf", "immediate", "sentence_start", "random"]
+ROLLBACKS = ("min_conf", "immediate", "sentence_start", "random")
+
+
+class Detector(NamedTuple):
+    """G.
+
+    Attributes:
+      mean, std: (D,) of the training states.
+      layers: (kernel (in, out), bias (out,)) of each layer, ReLU between them.
+      dev_auroc: of the epoch that was kept.
+    """
+
+    mean: Float[Array, " D"]
+    std: Float[Array, " D"]
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    dev_auroc: Float[Array, ""]
+
+
+class Alignment(NamedTuple):
+    """ComnHallu's maps of new states into the source's subspace; rows of the bases are orthonormal.
+
+    Attributes:
+      source_mean, target_mean: (D,).
+      source_basis, target_basis: (k, D), largest variance first, largest entry positive.
+      source_variance, target_variance: (k,) eigenvalues.
+    """
+
+    source_mean: Float[Array, " D"]
+    source_basis: Float[Array, "k D"]
+    source_variance: Float[Array, " k"]
+    target_mean: Float[Array, " D"]
+    target_basis: Float[Array, "k D"]
+    target_variance: Float[Array, " k"]
+
+    def source(self, x: Float[Array, "... D"]) -> Float[Array, "... k"]:
+        """Z_s of source states."""
+        return (x - self.source_mean) @ self.source_basis.T
+
+    def target(self, x: Float[Array, "... D"]) -> Float[Array, "... k"]:
+        """Z_t of target states. Unchanged by a flip or rotation inside the target's subspace."""
+        return (x - self.target_mean) @ self.target_basis.T @ (self.target_basis @ self.source_basis.T)
+
+
+class Moment(NamedTuple):
+    """What a detector may look at before a token is written; leading axis B.
+
+    Attributes:
+      hidden: what the step gave, at the position that predicts the token.
+      token: (B,) the candidate.
+      confidence: (B,) its probability under the model.
+      position: (B,) t.
+      forwards: (B,) how many the text has cost, this one included.
+    """
+
+    hidden: Any
+    token: jax.Array
+    confidence: jax.Array
+    position: jax.Array
+    forwards: jax.Array
+
+
+class Decoded(NamedTuple):
+    """Guarded texts.
+
+    Attributes:
+      tokens: (B, T), 0 after the end.
+      lengths: (B,), end token included.
+      confidence: (B, T) p(y_i | y_<i, image), 0 after the end.
+      trace: (B, budget, 3) interventions in order: (t, i*, banned token); -1 after the last.
+      interventions: (B,).
+      forwards: (B,) of one token each.
+      finished: (B,) False for a text that the budget cut short.
+    """
+
+    tokens: Int[Array, "B T"]
+    lengths: Int[Array, " B"]
+    confidence: Float[Array, "B T"]
+    trace: Int[Array, "B R 3"]
+    interventions: Int[Array, " B"]
+    forwards: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+
+
+# The detector.
+
+
+def balanced(key: jax.Array, labels: Bool[ArrayLike, " N"]) -> Int[np.ndarray, " M"]:
+    """Rows with as many of either class: all of the rarer one, and a random choice of the other.
+
+    A detector that is trained on them is not calibrated for the true rate.
+
+    Raises:
+      ValueError: a single class.
+    """
+    labels = np.asarray(labels, bool)
+    _two_classes("balanced", labels)
+    order = np.asarray(jax.random.permutation(key, len(labels)))
+    each = min(labels.sum(), (~labels).sum())
+    return np.sort(np.concatenate([order[labels[order]][:each], order[~labels[order]][:each]]))
+
+
+def fit_detector(
+    key: jax.Array,
+    x: Float[ArrayLike, "N D"],
+    y: Bool[ArrayLike, " N"],
+    dev_x: Float[ArrayLike, "M D"],
+    dev_y: Bool[ArrayLike, " M"],
+    *,
+    hidden: Sequence[int] = (128, 64),
+    epochs: int = 50,
+    batch: int = 128,
+    rate: float = 1e-3,
+    decay: float = 1e-2,
+) -> Detector:
+    """G by binary cross-entropy and AdamW; the epoch with the best AUROC on dev is kept.
+
+    Args:
+      key: typed key.
+      x: (N, D) states one token before object words.
+      y: (N,) True for hallucinated; both classes occur.
+      dev_x, dev_y: of other images.
+      hidden: widths; () is a linear detector, a single direction.
+      epochs, batch, rate, decay: of AdamW; a batch has at most N rows.
+
+    Returns:
+      The detector. ``jax.vmap`` over (key, x, dev_x) trains one per depth, or per seed.
+
+    Raises:
+      ValueError: shapes that do not fit or, where values are known, a single class or states that are not finite.
+    """
+    require_typed(key)
+    for name, states, labels in (("x, y", x, y), ("dev_x, dev_y", dev_x, dev_y)):
+        if np.ndim(states) != 2 or np.shape(labels) != np.shape(states)[:1]:
+            raise ValueError(f"{name}: wanted (N, D) and (N,), got {np.shape(states)} and {np.shape(labels)}.")
+        if not isinstance(states, jax.core.Tracer) and not np.isfinite(np.asarray(states)).all():
+            raise ValueError(f"{name}: the states are not finite.")
+        if not isinstance(labels, jax.core.Tracer):
+            _two_classes(name, np.asarray(labels, bool))
+    batch = min(batch, np.shape(x)[0])
+    return _fit(key, *map(jnp.asarray, (x, y, dev_x, dev_y)), tuple(hidden), epochs, batch, rate, decay)
+
+
+def detector_logit(detector: Detector, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """The logit of G, for ranking: it does not saturate."""
+    x = (x - detector.mean) / detector.std
+    for kernel, bias in detector.layers[:-1]:
+        x = jax.nn.relu(x @ kernel + bias)
+    kernel, bias = detector.layers[-1]
+    return (x @ kernel + bias)[..., 0]
+
+
+def detector_prob(detector: Detector, x: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """G: how probably the object word that follows is hallucinated, (...)."""
+    return jax.nn.sigmoid(detector_logit(detector, x))
+
+
+def threshold_at_fpr(scores: Float[ArrayLike, " N"], labels: Bool[ArrayLike, " N"], fpr: float = 0.05) -> float:
+    """The lowest tau of which at most a share ``fpr`` of truthful words is flagged, score >= tau.
+
+    Raises:
+      ValueError: a single class, or fpr outside [0, 1).
+    """
+    labels = np.asarray(labels, bool)
+    _two_classes("threshold_at_fpr", labels)
+    return threshold_at_rate(np.asarray(scores)[~labels], fpr)
+
+
+def threshold_at_rate(scores: Float[ArrayLike, " N"], rate: float) -> float:
+    """The lowest tau that flags at most a share ``rate`` of the scores: needs no labels, so it serves a new domain.
+
+    Raises:
+      ValueError: no scores, or rate outside [0, 1).
+
+    >>> round(threshold_at_rate([0.1, 0.2, 0.3, 0.4], 0.25), 4)
+    0.3
+    """
+    scores = np.sort(np.asarray(scores, np.float32))[::-1]
+    if not scores.size or not 0 <= rate < 1:
+        raise ValueError(f"threshold_at_rate: wanted scores and a rate in [0, 1), got {scores.size} and {rate}.")
+    # The first score that may not be flagged, and what lies just above it; shares are counts, not floats.
+    return float(np.nextafter(scores[int(rate * len(scores) + 1e-6)], np.float32(np.inf)))
+
+
+# ComnHallu.
+
+
+def subspace(
+    x: Float[ArrayLike, "N D"], k: int, *, center: bool = True
+) -> tuple[Float[Array, " D"], Float[Array, "k D"], Float[Array, " k"]]:
+    """Mean, leading eigenvectors (rows) and eigenvalues of the second moment XᵀX / N.
+
+    Args:
+      x: (N, D) states.
+      k: 1..min(N - 1, D).
+      center: take the mean off first. Without, the first direction is the mean state, and aligning is mostly matching
+        means.
+
+    Raises:
+      ValueError: k out of range or, where values are known, states that are not finite.
+    """
+    shape = np.shape(x)
+    if len(shape) != 2 or not 1 <= k <= min(shape[0] - 1, shape[1]):
+        raise ValueError(f"subspace: wanted states (N, D) and 1 <= k <= min(N - 1, D), got {shape} and k={k}.")
+    if not isinstance(x, jax.core.Tracer) and not np.isfinite(np.asarray(x)).all():
+        raise ValueError("subspace: the states are not finite.")
+    x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    mean = x.mean(0) if center else jnp.zeros_like(x[0])
+    _, s, basis = truncated_svd(x - mean, k)
+    return mean, basis, jnp.square(s) / shape[0]
+
+
+def choose_k(x: Float[ArrayLike, "N D"], *, share: float = 0.9, most: int = 64) -> int:
+    """The smallest k whose directions hold a share of the variance of x, at most ``most``."""
+    limit = min(np.shape(x)[0] - 1, np.shape(x)[1])
+    _, _, variance = subspace(x, limit)
+    held = np.cumsum(np.asarray(variance)) / np.asarray(variance).sum()
+    return int(min(np.searchsorted(held, share - 1e-6) + 1, most, limit))
+
+
+def comnhallu(
+    x_s: Float[ArrayLike, "N D"], x_t: Float[ArrayLike, "M D"], k: int, *, center: bool = True
+) -> Alignment:
+    """Align target states with the source's subspace; needs no labels.
+
+    Args:
+      x_s: (N, D) source states.
+      x_t: (M, D) target states, of the same width: for another the map is not defined.
+      k: 1..min(N - 1, M - 1, D).
+      center: as in ``subspace``.
+
+    Raises:
+      ValueError: different widths, or as ``subspace``.
+    """
+    if np.shape(x_s)[-1:] != np.shape(x_t)[-1:]:
+        raise ValueError(f"comnhallu: source and target need one width D, got {np.shape(x_s)} and {np.shape(x_t)}.")
+    return Alignment(*subspace(x_s, k, center=center), *subspace(x_t, k, center=center))
+
+
+# Decoding with rollback.
+
+
+def guarded_decode(
+    step: Step,
+    carry: Any,
+    detector: Callable[[Moment], jax.Array],
+    *,
+    batch: int,
+    vocabulary: int,
+    objects: Sequence[int],
+    start: int,
+    sentence_end: int,
+    eos: int,
+    tau: float | jax.Array,
+    max_len: int,
+    n_max: int = 5,
+    budget: int | None = None,
+    rollback: Rollback = "min_conf",
+    check: Literal["objects", "all"] = "objects",
+    key: jax.Array | None = None,
+) -> Decoded:
+    """Greedy decoding that goes back before a hallucination, one compiled loop over all texts.
+
+    Each round costs one forward of one token: the token before t is read (again, after going back), which overwrites
+    what the cache held there. A text that has ended idles.
+
+    Args:
+      step: see ``methods/steering/decoding.py``.
+      carry: the step's state, with the image read.
+      detector: ``detector(moment) -> (B,)`` score of the candidates.
+      batch: B.
+      vocabulary: V.
+      objects: the object words O.
+      start: token before the text.
+      sentence_end: a word after which bans and the count of interventions start anew.
+      eos: ends a text; it is written.
+      tau: a candidate with score >= tau is flagged; above the largest score, this is greedy decoding. May be traced.
+      max_len: T.
+      n_max: interventions per sentence, less than V; the rest of the sentence is then unguarded. 0 is greedy decoding.
+      budget: most forwards of a text, 8 T by default.
+      rollback: where to go back to: "min_conf", the paper's; "immediate", the flagged word itself, so that the next
+        best is taken; "sentence_start"; "random", any token of the sentence. In an empty sentence all are "immediate".
+      check: "all" asks the detector about every token.
+      key: typed key, for "random" only.
+
+    Returns:
+      The texts and what was done to them.
+
+    Raises:
+      ValueError: tau NaN, n_max out of range, no objects or one outside the vocabulary, the sentence end among them,
+        budget < max_len, an unknown rollback or check, or a missing key.
+    """
+    budget = 8 * max_len if budget is None else budget
+    _check_decoding(vocabulary, objects, sentence_end, tau, max_len, n_max, budget, rollback, check, key)
+    is_object = jnp.zeros(vocabulary, bool).at[jnp.asarray(objects)].set(True) | (check == "all")
+    rows, at = jnp.arange(batch), jnp.arange(max_len)
+
+    def going(state: _State) -> jax.Array:
+        return ~state.done & (state.forwards < budget)
+
+    def write(state: _State) -> _State:
+        live, t, s = going(state), state.t, state.sentence
+        before = jnp.where(t > 0, state.tokens[rows, t - 1], start)
+        logits, hidden, carry = step(state.carry, before, jnp.where(live, t - 1, IDLE))
+        v = jnp.where(state.bans[rows, t], -jnp.inf, logits).argmax(-1).astype(jnp.int32)
+        confidence = jax.nn.softmax(logits, -1)[rows, v]
+        forwards = state.forwards + live
+        score = detector(Moment(hidden, v, confidence, t, forwards))
+        back = live & is_object[v] & (score >= tau) & (state.count < n_max)
+        on = live & ~back
+
+        # Going back: to token i*, which is banned there; bans behind it belong to another text.
+        goal = _goal(rollback, key, state, at)
+        bad = jnp.where(goal < t, state.tokens[rows, goal], v)
+        bans = jnp.where((back[:, None] & (at > goal[:, None]))[..., None], False, state.bans)
+        bans = bans.at[rows, goal, bad].max(back)
+        entry = jnp.where(back, state.interventions, budget)
+        trace = state.trace.at[rows, entry].set(jnp.stack([t, goal, bad], -1), mode="drop")
+
+        # Going on.
+        slot = jnp.where(on, t, max_len)
+        ends = on & (v == sentence_end)
+        moved = jnp.where(on, t + 1, jnp.where(back, goal, t))
+        return _State(
+            tokens=state.tokens.at[rows, slot].set(v, mode="drop"),
+            confidence=state.confidence.at[rows, slot].set(confidence.astype(jnp.float32), mode="drop"),
+            t=jnp.minimum(moved, max_len - 1),
+            length=moved,
+            sentence=jnp.where(ends, t + 1, s),
+            count=jnp.where(ends, 0, state.count + back),
+            bans=jnp.where(ends[:, None, None], False, bans),
+            trace=trace,
+            interventions=state.interventions + back,
+            forwards=forwards,
+            done=state.done | (on & ((v == eos) | (moved == max_len))),
+            carry=carry,
+        )
+
+    zeros = jnp.zeros(batch, jnp.int32)
+    state = jax.lax.while_loop(
+        lambda state: going(state).any(),
+        write,
+        _State(
+            tokens=jnp.zeros((batch, max_len), jnp.int32),
+            confidence=jnp.zeros((batch, max_len)),
+            t=zeros,
+            length=zeros,
+            sentence=zeros,
+            count=zeros,
+            bans=jnp.zeros((batch, max_len, vocabulary), bool),
+            trace=jnp.full((batch, budget, 3), -1, jnp.int32),
+            interventions=zeros,
+            forwards=zeros,
+            done=jnp.zeros(batch, bool),
+            carry=carry,
+        ),
+    )
+    inside = at < state.length[:, None]
+    return Decoded(
+        jnp.where(inside, state.tokens, 0),
+        state.length,
+        jnp.where(inside, state.confidence, 0),
+        state.trace,
+        state.interventions,
+        state.forwards,
+        state.done,
+    )
+
+
+class _State(NamedTuple):
+    """``t`` is the next position, kept inside the buffers when the text is full; ``length`` is the true one."""
+
+    tokens: jax.Array
+    confidence: jax.Array
+    t: jax.Array
+    length: jax.Array
+    sentence: jax.Array
+    count: jax.Array
+    bans: jax.Array
+    trace: jax.Array
+    interventions: jax.Array
+    forwards: jax.Array
+    done: jax.Array
+    carry: Any
+
+
+def _goal(rollback: str, key: jax.Array | None, state: _State, at: jax.Array) -> jax.Array:
+    """i*, (B,)."""
+    t, s = state.t, state.sentence
+    if rollback == "immediate":
+        return t
+    if rollback == "sentence_start":
+        return s
+    if rollback == "random":
+        # One draw per text and forward, whatever the other texts do.
+        mine = jax.vmap(lambda row, n: jax.random.fold_in(jax.random.fold_in(key, row), n))
+        drawn = jax.vmap(jax.random.uniform)(mine(jnp.arange(len(t)), state.forwards))
+        return s + jnp.floor(drawn * (t - s)).astype(jnp.int32)
+    written = (at >= s[:, None]) & (at < t[:, None])
+    least = jnp.where(written, state.confidence, jnp.inf).argmin(-1).astype(jnp.int32)
+    return jnp.where(t > s, least, t)
+
+
+def _check_decoding(
+    vocabulary: int,
+    objects: Sequence[int],
+    sentence_end: int,
+    tau: Any,
+    max_len: int,
+    n_max: int,
+    budget: int,
+    rollback: str,
+    check: str,
+    key: jax.Array | None,
+) -> None:
+    listed = np.asarray(objects)
+    if not listed.size:
+        raise ValueError("guarded_decode: the set of object words is empty; nothing would be checked.")
+    if listed.min() < 0 or listed.max() >= vocabulary:
+        raise ValueError(f"guarded_decode: object words must be in 0..{vocabulary - 1}, got {listed.tolist()}.")
+    if sentence_end in listed:
+        raise ValueError(f"guarded_decode: the sentence end {sentence_end} cannot be an object word.")
+    if not isinstance(tau, jax.core.Tracer) and np.isnan(tau):
+        raise ValueError("guarded_decode: tau is NaN.")
+    if not 0 <= n_max < vocabulary:
+        raise ValueError(f"guarded_decode: n_max must be in 0..{vocabulary - 1}, got {n_max}.")
+    if max_len < 1 or budget < max_len:
+        raise ValueError(f"guarded_decode: wanted max_len >= 1 and budget >= max_len, got {max_len} and {budget}.")
+    if rollback not in ROLLBACKS:
+        raise ValueError(f'guarded_decode: rollback must be one of {", ".join(ROLLBACKS)}, got "{rollback}".')
+    if check not in ("objects", "all"):
+        raise ValueError(f'guarded_decode: check must be "objects" or "all", got "{check}".')
+    if rollback == "random" and key is None:
+        raise ValueError('guarded_decode: rollback="random" needs a key.')
+
+
+def _two_classes(name: str, labels: np.ndarray) -> None:
+    if labels.all() or not labels.any():
+        raise ValueError(f"{name}: wanted truthful and hallucinated words, got {labels.sum()} of {labels.size}.")
+
+
+@partial(jax.jit, static_argnums=(5, 6, 7, 8, 9))
+def _fit(
+    key: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    dev_x: jax.Array,
+    dev_y: jax.Array,
+    hidden: tuple[int, ...],
+    epochs: int,
+    batch: int,
+    rate: float,
+    decay: float,
+) -> Detector:
+    init, order = streams(key, "init order")
+    mean, std = x.mean(0), x.std(0)
+    std = jnp.where(std == 0, 1, std)
+    widths = (x.shape[1], *hidden, 1)
+    layers = tuple(
+        (jax.random.normal(k, (inputs, out)) * jnp.sqrt(2 / inputs), jnp.zeros(out))
+        for k, inputs, out in zip(jax.random.split(init, len(widths) - 1), widths[:-1], widths[1:], strict=True)
+    )
+    optimiser = optax.adamw(rate, weight_decay=decay)
+
+    def loss(layers: Any, rows: jax.Array) -> jax.Array:
+        logits = detector_logit(Detector(mean, std, layers, jnp.zeros(())), x[rows])
+        return optax.sigmoid_binary_cross_entropy(logits, y[rows].astype(jnp.float32)).mean()
+
+    def update(state: Any, rows: jax.Array) -> tuple[Any, None]:
+        layers, opt_state = state
+        updates, opt_state = optimiser.update(jax.grad(loss)(layers, rows), opt_state, layers)
+        return (optax.apply_updates(layers, updates), opt_state), None
+
+    def epoch(state: Any, number: jax.Array) -> tuple[Any, None]:
+        now, best = state
+        rows = jax.random.permutation(jax.random.fold_in(order, number), len(x))
+        now, _ = jax.lax.scan(update, now, rows[: len(x) // batch * batch].reshape(-1, batch))
+        one = Detector(mean, std, now[0], jnp.zeros(()))
+        one = one._replace(dev_auroc=auroc(detector_logit(one, dev_x), dev_y))
+        better = one.dev_auroc > best.dev_auroc
+        return (now, jax.tree.map(lambda new, old: jnp.where(better, new, old), one, best)), None
+
+    start = Detector(mean, std, layers, jnp.asarray(-1.0))
+    (_, best), _ = jax.lax.scan(epoch, ((layers, optimiser.init(layers)), start), jnp.arange(epochs))
+    return best

@@ -138,7 +138,7 @@ def pope_negatives(
 
 
 def pope(said: Bool[ArrayLike, "N C"], truth: Bool[ArrayLike, "N C"], negatives: Bool[ArrayLike, "N C"]) -> Pope:
-    """"Is there a ...?", asked of the caption: yes if it mentions the object.
+    """ "Is there a ...?", asked of the caption: yes if it mentions the object.
 
     Args:
       said: (N, C) from ``mentioned``.

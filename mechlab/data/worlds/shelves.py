@@ -1,9 +1,9 @@
 """Shelves: pictures of 3 x 3 cells with handwritten digits in some of them, and captions that name what is there.
 
 A picture has 2 to 5 different objects (the ten digits), drawn by its *theme*: each of four themes favours four classes.
-Objects differ in contrast, and pixels are noisy, so some are hard to see. A training caption names the objects in random
-order, "there is a three and a seven .", and with some probability one that is absent but fits the theme: a model that
-learns from them hallucinates for the usual reasons, a prior and weak evidence.
+Objects differ in contrast, and pixels are noisy, so some are hard to see. A training caption names the objects in
+random order, "there is a three and a seven .", and with some probability one that is absent but fits the theme: a model
+that learns from them hallucinates for the usual reasons, a prior and weak evidence.
 
 Two domains have the same ten classes: MNIST with the words zero ... nine, and scikit-learn's digits with other nouns.
 Token ids come from ``tokenizer``; ``CLASS_OF`` says which class a token names, whichever domain's word it is.
@@ -55,7 +55,7 @@ MAX_LEN = 28
 
 
 class Bank(NamedTuple):
-    """Objects to put on shelves, cut to one size: images (M, 14, 14) in [0, 1], and the images of each class (10, m)."""
+    """Objects to put on shelves, cut to one size: images (M, 14, 14) in [0, 1], and the rows of each class (10, m)."""
 
     images: Float[Array, "M 14 14"]
     rows: Int[Array, "10 m"]

@@ -259,9 +259,7 @@ def choose_k(x: Float[ArrayLike, "N D"], *, share: float = 0.9, most: int = 64) 
     return int(min(np.searchsorted(held, share - 1e-6) + 1, most, limit))
 
 
-def comnhallu(
-    x_s: Float[ArrayLike, "N D"], x_t: Float[ArrayLike, "M D"], k: int, *, center: bool = True
-) -> Alignment:
+def comnhallu(x_s: Float[ArrayLike, "N D"], x_t: Float[ArrayLike, "M D"], k: int, *, center: bool = True) -> Alignment:
     """Align target states with the source's subspace; needs no labels.
 
     Args:

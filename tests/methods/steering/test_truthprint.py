@@ -300,9 +300,11 @@ def test_contrast_is_closed_form_and_sampling_stays_in_the_nucleus():
     pair = contrasted(lambda c, t, p: (c, c, c), strength=0.0)((logits[None], spoilt[None]), jnp.zeros(1), jnp.zeros(1))
     np.testing.assert_allclose(pair[0][0, :2], logits[:2], rtol=1e-6)
     draws = [
-        int(sampled(lambda c, t, p: (c, c, c), jax.random.key(s), top_p=0.9)(
-            logits[None], jnp.zeros(1, int), jnp.zeros(1, int)
-        )[0].argmax())
+        int(
+            sampled(lambda c, t, p: (c, c, c), jax.random.key(s), top_p=0.9)(
+                logits[None], jnp.zeros(1, int), jnp.zeros(1, int)
+            )[0].argmax()
+        )
         for s in range(40)
     ]
     assert set(draws) == {0, 1}

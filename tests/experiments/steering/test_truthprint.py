@@ -1,0 +1,130 @@
+"""The TruthPrInt experiment at smoke size: it runs, its identities hold, its claims are judged by their rules."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.steering import _truthprint_lab as lab_module
+from experiments.steering._truthprint_measures import within_word, word_prior
+from experiments.steering.truthprint import CLAIMS, PRESETS, Config, run
+from mechlab.data.worlds import shelves as world
+from mechlab.models.captioner import captioner, look
+from mechlab.models.transformer import llama
+from mechlab.models.vit import ViTConfig
+from mechlab.reporting.log import Log
+from mechlab.reporting.results import Metric, judge_claims
+
+
+@pytest.fixture(scope="module")
+def result():
+    return run(jax.random.key(0), PRESETS["smoke"], Log())
+
+
+def test_smoke_run_measures_what_it_says(result):
+    metrics = result.metrics
+    assert metrics["rollbacks/greedy"].value == 0 and metrics["cost/greedy"].value == pytest.approx(1)
+    for name in PRESETS["smoke"].decoders:
+        assert metrics[f"unfinished/{name}"].value == 0
+    assert 0 <= metrics["detector/auroc"].value <= 1
+    assert metrics["drop/truthprint"].value == pytest.approx(
+        100 * (1 - metrics["chair_i/truthprint"].value / metrics["chair_i/greedy"].value), abs=1e-3
+    )
+    assert {claim.id: claim.status for claim in result.claims}["beats_controls"] == "not_judged"
+    assert {"roc", "trade_off", "transfer", "spaces", "pmc", "depth"} <= set(result.figures)
+
+
+def tiny():
+    image = ViTConfig(image=(42, 42), patch=14, channels=1, layers=1, width=16, heads=1, hidden=16, init_std=None)
+    text = llama(vocabulary=lab_module.V, layers=2, width=16, heads=1, hidden=16, context=64, init_std=None)
+    model = captioner(image, text)
+    return model, model.init(jax.random.key(0))
+
+
+def test_reading_token_by_token_gives_the_states_of_a_whole_forward_also_after_going_back():
+    model, params = tiny()
+    seen = jax.random.normal(jax.random.key(1), (2, 42, 42, 1))
+    tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, lab_module.V)
+    read = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=lab_module.BOS)
+    prefix = look(model, params["vision"], seen)
+    logits, acts = model.prefixed.capture({"params": params["text"]}, prefix, read, sites=("resid_post",))
+    step, cache = lab_module.text_step(model, params), lab_module.image_cache(model, params, seen)
+    for t in (0, 1, 2, 3, 1, 2):
+        # The second visit reads the same tokens again over what was there.
+        out, hidden, cache = step(cache, read[:, t], jnp.full(2, t - 1))
+        np.testing.assert_allclose(out, logits[:, t], atol=1e-4)
+        np.testing.assert_allclose(hidden.swapaxes(0, 1), acts["resid_post"][:, :, model.prefix + t], atol=1e-4)
+    idle = step(cache, read[:, 0], jnp.full(2, lab_module.IDLE))[2]
+    np.testing.assert_array_equal(idle.k, cache.k)
+
+
+def test_images_of_another_size_are_refused():
+    model, params = tiny()
+    with pytest.raises(ValueError, match=r"\(B, 42, 42, 1\), got float32\(2, 28, 28, 1\)"):
+        look(model, params["vision"], jnp.zeros((2, 28, 28, 1)))
+
+
+def test_captions_name_what_is_there_and_sometimes_what_is_not():
+    from mechlab.data.images import load_digits
+
+    bank = world.banks(load_digits())[0]
+    for invent, wanted in ((0.0, 0), (1.0, 1)):
+        drawn = world.shelves(jax.random.key(0), bank, 50, domain=1, invent=invent)
+        classes = world.CLASS_OF[drawn.captions]
+        for row in range(50):
+            named = set(classes[row][classes[row] >= 0])
+            there = set(np.flatnonzero(drawn.truth[row]))
+            assert there <= named and len(named - there) <= wanted
+            labels = {int(c) for c in np.asarray(lab_module.labels_of(bank))[drawn.items[row][drawn.items[row] >= 0]]}
+            assert labels == there
+    assert drawn.captions.shape[1] >= (drawn.captions > 0).sum(1).max()
+
+
+def test_word_priors_and_auroc_within_words():
+    words, labels = np.array([8, 8, 9, 9]), np.array([True, False, True, False])
+    assert word_prior(words, labels)[8] == pytest.approx(0.5)
+    assert within_word(np.array([1.0, 0.0, 5.0, 9.0]), labels, words) == pytest.approx(0.5)
+    assert within_word(np.ones(2), np.array([True, True]), np.array([8, 8])) is None
+
+
+def test_claims_hold_and_fail_by_their_numbers():
+    def status(**change):
+        good = {
+            "detector/auroc": 0.8,
+            "detector/tpr_5": 0.3,
+            "detector/auroc_confidence": 0.6,
+            "detector/auroc_word": 0.6,
+            "drop/truthprint": 25.0,
+            "recall_lost/truthprint": 2.0,
+            "transfer/gain": 0.1,
+            "transfer/aligned/unrelated": 0.5,
+            "pmc/hallucinated": 0.1,
+            "pmc/truthful": 0.2,
+            "over/random": 1.0,
+            "over/confidence": 1.0,
+            "over/immediate": 1.0,
+        }
+        numbers = good | {name.replace("__", "/"): value for name, value in change.items()}
+        metrics = {name: Metric(value=v, ci95=(v - 0.5, v + 0.5)) for name, v in numbers.items()}
+        return {claim.id: claim.status for claim in judge_claims(CLAIMS, metrics)}
+
+    assert set(status().values()) == {"holds"}
+    for name, change in (
+        ("sees_early", {"detector__auroc_word": 0.9}),
+        ("sees_early", {"detector__tpr_5": 0.1}),
+        ("lowers_hallucination", {"recall_lost__truthprint": 4.0}),
+        ("beats_controls", {"over__random": 0.4}),
+        ("early_beats_immediate", {"over__immediate": -1.0}),
+        ("comnhallu_transfers", {"transfer__gain": -0.1}),
+        ("low_confidence_before", {"pmc__truthful": 0.05}),
+    ):
+        assert status(**change)[name] == "fails", (name, change)
+
+
+def test_bad_configurations_are_refused():
+    with pytest.raises(ValueError, match="decoders"):
+        Config(decoders=("greedy",))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Config(width=50)

@@ -1,10 +1,13 @@
 """Decoders that others are compared with: beam search, nucleus sampling, and contrast with a spoilt input.
 
-A decoder is driven by a ``Step``, ``step(carry, tokens (B,), positions (B,)) -> (logits (B, V), hidden, carry)``. It reads
-the token of each row at its position (counted in the written text, so position -1 is the start token's) and gives the
-logits of the next one. ``hidden`` is what the model knew there, any pytree with a leading axis B. Reading a position
-again overwrites what was read there, so going back in a text is reading from an earlier position on. Rows that have
-ended come with position ``IDLE`` and must change nothing.
+A decoder is driven by a ``Step``::
+
+    step(carry, tokens (B,), positions (B,)) -> (logits (B, V), hidden, carry)
+
+It reads the token of each row at its position (counted in the written text, so position -1 is the start token's) and
+gives the logits of the next one. ``hidden`` is what the model knew there, any pytree with a leading axis B. Reading a
+position again overwrites what was read there, so going back in a text is reading from an earlier position on. Rows that
+have ended come with position ``IDLE`` and must change nothing.
 """
 
 from __future__ import annotations

@@ -359,7 +359,8 @@ def guarded_decode(
         # Going on.
         slot = jnp.where(on, t, max_len)
         ends = on & (v == sentence_end)
-        moved = jnp.where(on, t + 1, jnp.where(back, goal, t))
+        # An idle text keeps its length, which t, kept inside the buffers, does not know when the text is full.
+        moved = jnp.where(on, t + 1, jnp.where(back, goal, state.length))
         return _State(
             tokens=state.tokens.at[rows, slot].set(v, mode="drop"),
             confidence=state.confidence.at[rows, slot].set(confidence.astype(jnp.float32), mode="drop"),

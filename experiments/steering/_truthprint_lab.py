@@ -101,7 +101,7 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
     ]
     data = jax.tree.map(lambda *x: jnp.stack(x), *data)
     keys = jax.vmap(lambda i: stream(key, "lane", i))(jnp.arange(3))
-    starts = jax.vmap(model.init)(keys)
+    starts = jax.vmap(lambda k: model.init(stream(k, "init")))(keys)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(config.rate))
 
     def ahead(tokens: jax.Array) -> jax.Array:

@@ -195,7 +195,11 @@ def detect(
         kept = tp.balanced(stream(key, "balance", seed), y)
 
         def fit(
-            block: jax.Array, x: Any = x[kept], y: Any = y[kept], dev: Any = (dev_x, dev_y), seed: int = seed
+            block: jax.Array,
+            x: Any = jnp.asarray(x[kept]),
+            y: Any = y[kept],
+            dev: Any = (jnp.asarray(dev_x), dev_y),
+            seed: int = seed,
         ) -> Any:
             mine = stream(key, "fit", seed)
             return tp.fit_detector(

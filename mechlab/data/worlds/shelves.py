@@ -39,7 +39,7 @@ NOUNS = (
 
 EOS, END = "<eos>", "."
 
-tokenizer = WordTokenizer((PAD, BOS, EOS, END, "there", "is", "a", "and", *NOUNS[0], *NOUNS[1]))
+tokenizer = WordTokenizer(words=(PAD, BOS, EOS, END, "there", "is", "a", "and", *NOUNS[0], *NOUNS[1]))
 """Ids 0, 1, 2, 3 are padding, start, end of the caption and end of a sentence."""
 
 CLASS_OF = np.full(len(tokenizer), -1, np.int32)

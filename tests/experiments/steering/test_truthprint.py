@@ -48,9 +48,15 @@ def test_reading_token_by_token_gives_the_states_of_a_whole_forward_also_after_g
     seen = jax.random.normal(jax.random.key(1), (2, 42, 42, 1))
     tokens = jax.random.randint(jax.random.key(2), (2, 5), 0, lab_module.V)
     read = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=lab_module.BOS)
-    prefix = look(model, params["vision"], seen)
-    logits, acts = model.prefixed.capture({"params": params["text"]}, prefix, read, sites=("resid_post",))
-    step, cache = lab_module.text_step(model, params), lab_module.image_cache(model, params, seen)
+
+    @jax.jit
+    def whole(seen, read):
+        prefix = look(model, params["vision"], seen)
+        return model.prefixed.capture({"params": params["text"]}, prefix, read, sites=("resid_post",))
+
+    logits, acts = whole(seen, read)
+    step = jax.jit(lab_module.text_step(model, params))
+    cache = jax.jit(lambda seen: lab_module.image_cache(model, params, seen))(seen)
     for t in (0, 1, 2, 3, 1, 2):
         # The second visit reads the same tokens again over what was there.
         out, hidden, cache = step(cache, read[:, t], jnp.full(2, t - 1))

@@ -193,20 +193,7 @@ def detect(
     for seed in range(config.seeds):
         (x, y, _), (dev_x, dev_y, _), (test_x, test_y, at) = (sets[u].mentions(seed) for u in ("detect", "dev", "test"))
         kept = tp.balanced(stream(key, "balance", seed), y)
-
-        def fit(
-            block: jax.Array,
-            x: Any = jnp.asarray(x[kept]),
-            y: Any = y[kept],
-            dev: Any = (jnp.asarray(dev_x), dev_y),
-            seed: int = seed,
-        ) -> Any:
-            mine = stream(key, "fit", seed)
-            return tp.fit_detector(
-                mine, x[:, block], y, dev[0][:, block], dev[1], hidden=config.hidden, epochs=config.epochs
-            )
-
-        every = jax.vmap(fit)(jnp.arange(config.text_layers))
+        every = at_every_depth(stream(key, "fit", seed), x[kept], y[kept], dev_x, dev_y, config)
         depth.append(
             [
                 float(auroc(tp.detector_logit(jax.tree.map(lambda leaf, b=b: leaf[b], every), test_x[:, b]), test_y))
@@ -234,6 +221,15 @@ def detect(
         metrics[name if "/" in name else f"detector/{name}"] = per_seed(values, "probability" if "/" in name else "")
     seen = {"scores": scores, "labels": labels, "depth": np.asarray(depth), "pmc": metrics_of}
     return detectors, seen
+
+
+def at_every_depth(key: jax.Array, x: Any, y: Any, dev_x: Any, dev_y: Any, config: Config) -> tp.Detector:
+    """A detector after every block, all in one program; x (N, L, D), leaves of the result (L, ...)."""
+
+    def fit(x: jax.Array, dev_x: jax.Array) -> tp.Detector:
+        return tp.fit_detector(key, x, y, dev_x, dev_y, hidden=config.hidden, epochs=config.epochs)
+
+    return jax.vmap(fit, in_axes=1)(jnp.asarray(x), jnp.asarray(dev_x))
 
 
 def guard(

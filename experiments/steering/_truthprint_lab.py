@@ -15,6 +15,7 @@ from mechlab.analysis.mentions import label_mentions
 from mechlab.core.rng import stream
 from mechlab.data.images import load_digits, load_images
 from mechlab.data.worlds import shelves as world
+from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
 from mechlab.methods.steering.decoding import IDLE, Step, beam_search, contrasted, sampled
 from mechlab.models.captioner import Captioner, captioner, fill, look
@@ -200,7 +201,7 @@ def image_cache(model: Captioner, params: Any, seen: jax.Array) -> Any:
     return fill(model, params["text"], prefix, start, model.prefix + 1 + T)
 
 
-def decoder(lab: Lab, part: str, kind: str) -> Callable[..., tp.Decoded]:
+def decoder(lab: Lab, part: str, kind: str) -> Callable[..., rollback.Decoded]:
     """``decode(params, batch, detector, tau, key)``, compiled: one decoder for all thresholds, detectors and models.
 
     Kinds: greedy, vcd, nucleus, beam; guarded by G: truthprint (min_conf), immediate, sentence_start; guarded by other
@@ -208,14 +209,14 @@ def decoder(lab: Lab, part: str, kind: str) -> Callable[..., tp.Decoded]:
     """
     model, config = lab.model, lab.config
 
-    def score(detector: tp.Detector, key: jax.Array) -> Callable[[tp.Moment], jax.Array]:
-        def g(moment: tp.Moment) -> jax.Array:
+    def score(detector: tp.Detector, key: jax.Array) -> Callable[[rollback.Moment], jax.Array]:
+        def g(moment: rollback.Moment) -> jax.Array:
             return tp.detector_prob(detector, moment.hidden[:, lab.layer])
 
-        def confidence(moment: tp.Moment) -> jax.Array:
+        def confidence(moment: rollback.Moment) -> jax.Array:
             return 1 - moment.confidence
 
-        def random(moment: tp.Moment) -> jax.Array:
+        def random(moment: rollback.Moment) -> jax.Array:
             rows = jnp.arange(len(moment.token))
             draw = jax.vmap(lambda r, n: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, r), n)))
             return draw(rows, moment.forwards)
@@ -223,7 +224,7 @@ def decoder(lab: Lab, part: str, kind: str) -> Callable[..., tp.Decoded]:
         return {"confidence": confidence, "random": random}.get(kind, g)
 
     @jax.jit
-    def decode(params: Any, batch: Any, detector: tp.Detector, tau: jax.Array, key: jax.Array) -> tp.Decoded:
+    def decode(params: Any, batch: Any, detector: tp.Detector, tau: jax.Array, key: jax.Array) -> rollback.Decoded:
         seen = pixels(lab, batch, part)
         step = text_step(model, params)
         if kind == "beam":
@@ -243,14 +244,14 @@ def decoder(lab: Lab, part: str, kind: str) -> Callable[..., tp.Decoded]:
             forwards = jnp.full(len(seen), config.beams * T)
             confidence = jnp.zeros(found.tokens.shape)
             trace = jnp.full((len(seen), 0, 3), -1)
-            return tp.Decoded(found.tokens, found.lengths, confidence, trace, none, forwards, none == 0)
+            return rollback.Decoded(found.tokens, found.lengths, confidence, trace, none, forwards, none == 0)
         cache = image_cache(model, params, seen)
         if kind == "vcd":
             noise = jax.random.normal(stream(key, "spoilt"), seen.shape) * config.vcd_noise
             cache, step = (cache, image_cache(model, params, seen + noise)), contrasted(step)
         if kind == "nucleus":
             step = sampled(step, stream(key, "sample"))
-        return tp.guarded_decode(
+        return rollback.guarded_decode(
             step,
             cache,
             score(detector, stream(key, "detector")),

@@ -13,6 +13,7 @@ from experiments.steering._truthprint_lab import EOS, Captions
 from mechlab.analysis.mentions import Chair
 from mechlab.analysis.metrics import auroc
 from mechlab.data.worlds import shelves as world
+from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
 from mechlab.reporting.results import Metric
 
@@ -83,7 +84,7 @@ def preceding_minimum(told: Told, seed: int, where: np.ndarray, labels: np.ndarr
     return values[false], values[~false]
 
 
-def chair_metrics(name: str, texts: list[tp.Decoded], counts: list[Chair]) -> dict[str, Metric]:
+def chair_metrics(name: str, texts: list[rollback.Decoded], counts: list[Chair]) -> dict[str, Metric]:
     """CHAIR, recall, length and cost of one decoder, by seed."""
     return {
         f"chair_i/{name}": per_seed([100 * float(c.chair_i) for c in counts], "%"),
@@ -153,7 +154,7 @@ def words_of(tokens: np.ndarray, length: int) -> str:
     return " ".join(world.tokenizer.words[token] for token in tokens[:length] if token != EOS)
 
 
-def example(told: Told, greedy: list[tp.Decoded], guarded: list[tp.Decoded]) -> dict[str, Any] | None:
+def example(told: Told, greedy: list[rollback.Decoded], guarded: list[rollback.Decoded]) -> dict[str, Any] | None:
     """The first test picture of seed 0 whose caption was changed: its truth, both captions, every rollback."""
     changed = np.flatnonzero(guarded[0].interventions > 0)
     if not changed.size:

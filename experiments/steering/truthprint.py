@@ -41,6 +41,7 @@ from mechlab.analysis.metrics import auroc, tpr_at_fpr
 from mechlab.core.rng import stream
 from mechlab.data.images import load_images
 from mechlab.data.worlds import shelves as world
+from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
@@ -243,7 +244,7 @@ def guard(
 ) -> None:
     """Every decoder on the test pictures, at thresholds from dev that flag an equal share of greedy's words there."""
     config, found = lab.config, {}
-    outputs: dict[str, list[tp.Decoded]] = {}
+    outputs: dict[str, list[rollback.Decoded]] = {}
     thresholds: dict[str, list[float]] = {name: [] for name in GUARDED}
     for seed in range(config.seeds):
         x, y, _ = sets["dev"].mentions(seed)
@@ -255,7 +256,7 @@ def guard(
         for name in GUARDED:
             thresholds[name].append(given.get(name, tau))
 
-    def texts(name: str, taus: list[float]) -> list[tp.Decoded]:
+    def texts(name: str, taus: list[float]) -> list[rollback.Decoded]:
         decode = lab_of.decoder(lab, "test", "truthprint" if name.startswith("fpr") else name)
         return [
             jax.tree.map(

@@ -12,6 +12,7 @@ from scipy.linalg import subspace_angles
 
 from mechlab.analysis.metrics import auroc
 from mechlab.analysis.subspaces import principal_cosines
+from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
 from mechlab.methods.steering.decoding import IDLE, beam_search, contrast_logits, contrasted, sampled
 
@@ -44,7 +45,7 @@ def decode(**options):
         "max_len": T,
         "budget": 200,
     }
-    return tp.guarded_decode(table_step, (), options.pop("detector", table_score), **(given | options))
+    return rollback.guarded_decode(table_step, (), options.pop("detector", table_score), **(given | options))
 
 
 @pytest.mark.parametrize("tau", [0.3, 0.7])
@@ -76,7 +77,7 @@ def test_no_interventions_and_a_threshold_above_one_are_greedy():
     assert greedy.tokens[0, : len(text)].tolist() == text
 
 
-@pytest.mark.parametrize("rollback", tp.ROLLBACKS)
+@pytest.mark.parametrize("rollback", rollback.ROLLBACKS)
 @pytest.mark.parametrize("check", ["objects", "all"])
 def test_every_rollback_ends_and_bans_what_it_says(rollback, check):
     found = decode(rollback=rollback, check=check, key=jax.random.key(0), n_max=3, tau=0.2)

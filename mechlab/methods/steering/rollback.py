@@ -1,7 +1,7 @@
 """Decoding that goes back: the loop of TruthPrInt (arXiv 2503.10602), with any detector and any model.
 
-At position t the likeliest token v that is not banned there is the candidate, with confidence
-c = p(v | y_<t, image). If it is an object word that the detector flags, score >= tau, and the sentence from s on has had fewer than n_max
+At position t the likeliest token v that is not banned there is the candidate, with confidence p(v | y_<t, image). If it
+is an object word that the detector flags, score >= tau, and the sentence from s on has had fewer than n_max
 interventions, the text goes back to
 
     i* = argmin_{s <= i < t} p(y_i | y_<i, image)      (the first minimum; t itself in an empty sentence)

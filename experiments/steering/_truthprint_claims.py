@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 from mechlab.reporting.results import Claim, Metric
 
@@ -13,6 +14,20 @@ Verdict = tuple[bool | None, str]
 def _interval(metric: Metric) -> str:
     low, high = metric.ci95 or (0.0, 0.0)
     return f"{metric.value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def _judged_if_fit(claim: Claim) -> Claim:
+    """The same claim, not judged where the captioner on dev does not err as it should: too rarely, or at random."""
+    judge: Callable[[Metrics], Verdict] = claim.judge
+
+    def gated(metrics: Metrics) -> Verdict:
+        holds, observed = judge(metrics)
+        recall, chair_i = metrics["gate/recall"].value, metrics["gate/chair_i"].value
+        if recall >= 60 and 8 <= chair_i <= 35:
+            return holds, observed
+        return None, f"{observed}; but the captioner is not fit: recall {recall:.0f} %, CHAIR_i {chair_i:.0f} % on dev"
+
+    return dataclasses.replace(claim, judge=gated)
 
 
 def _sees_early(metrics: Metrics) -> Verdict:
@@ -55,7 +70,7 @@ def _low_before(metrics: Metrics) -> Verdict:
     return false < true, f"least confidence before: hallucinated {false:.3f}, truthful {true:.3f}"
 
 
-CLAIMS: tuple[Claim, ...] = (
+_CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="sees_early",
         statement="The state one token early tells whether the object word that follows is hallucinated.",
@@ -73,7 +88,7 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         id="beats_controls",
         statement="It is the detector that helps, not going back as such.",
-        source="our check, at equal flag rate on dev",
+        source="our check, at the rollback rate of TruthPrInt on dev",
         criterion="CHAIR_i of the random and the confidence-only detector exceed TruthPrInt's: both intervals above 0",
         judge=_beats,
     ),
@@ -88,7 +103,7 @@ CLAIMS: tuple[Claim, ...] = (
         id="comnhallu_transfers",
         statement="Aligned subspaces carry the detector to other data and to models of one lineage.",
         source="ComnHallu, transfer tables",
-        criterion="mean AUROC over the cross-data and cross-lineage pairs at least that without alignment",
+        criterion="mean AUROC over cross-data, cross-lineage and both at once at least that without alignment",
         judge=_transfers,
     ),
     Claim(
@@ -99,3 +114,6 @@ CLAIMS: tuple[Claim, ...] = (
         judge=_low_before,
     ),
 )
+
+CLAIMS = tuple(map(_judged_if_fit, _CLAIMS))
+"""Judged only where the captioner recalls at least 60 % on dev, with CHAIR_i between 8 and 35 %."""

@@ -18,10 +18,13 @@ NAMES = {
     "beam": "beam",
     "nucleus": "nucleus",
     "vcd": "VCD",
+    "dola": "DoLa",
     "confidence": "confidence only",
     "random": "random detector",
     "immediate": "immediate",
     "sentence_start": "sentence start",
+    "random_token": "random token",
+    "every_token": "every token checked",
     "truthprint": "TruthPrInt",
 }
 PAIRS = ("cross_data", "cross_lineage", "cross_both", "unrelated")
@@ -38,7 +41,7 @@ def all_figures(metrics: Mapping[str, Metric], seen: Mapping[str, Any]) -> dict[
             seen["pmc"],
             xlabel="least confidence in the sentence before the word (probability)",
             ylabel="object words (count)",
-            title="last seed, test pictures",
+            title="test pictures, all seeds",
         ),
         "depth": curve_band(
             np.arange(seen["depth"].shape[1]) + 1,
@@ -47,8 +50,8 @@ def all_figures(metrics: Mapping[str, Metric], seen: Mapping[str, Any]) -> dict[
             ylabel="AUROC on test pictures",
         ),
     }
-    if seen["example"] is not None:
-        figures["example"] = text_example(seen["example"])
+    if seen["examples"]:
+        figures["example"] = one_example(seen["examples"][0])
     return figures
 
 
@@ -112,11 +115,15 @@ def spaces(seen: Mapping[str, np.ndarray]) -> Figure:
 
 
 @house_style
-def text_example(found: Mapping[str, Any]) -> Figure:
-    """One picture's captions as text."""
-    figure, axes = canvas(title="a caption with its rollbacks", height=3.6)
+def one_example(found: Mapping[str, Any]) -> Figure:
+    """One picture, its captions, and every rollback."""
+    figure = Figure(figsize=(9.0, 3.6), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    left.imshow(found["picture"], cmap="gray")
+    left.set_title("what the captioner sees")
     lines = [f"on the shelves: {found['truth']}", f"greedy: {found['before']}", f"TruthPrInt: {found['after']}"]
-    text = "\n\n".join(textwrap.fill(line, 66) for line in [*lines, "; ".join(found["steps"])])
-    axes.text(0.0, 0.95, text, va="top", fontsize=11, transform=axes.transAxes)
-    axes.set_axis_off()
+    text = "\n\n".join(textwrap.fill(line, 52) for line in [*lines, "; ".join(found["steps"])])
+    right.text(0.0, 0.98, text, va="top", fontsize=11, transform=right.transAxes)
+    for axes in (left, right):
+        axes.set_axis_off()
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mechlab.analysis.mentions import label_mentions
 from mechlab.core.rng import stream
 from mechlab.data.images import load_digits, load_images
 from mechlab.data.worlds import shelves as world
 from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
-from mechlab.methods.steering.decoding import IDLE, Step, beam_search, contrasted, sampled
+from mechlab.methods.steering.decoding import IDLE, Step, beam_search, contrasted, layered, sampled
 from mechlab.models.captioner import Captioner, captioner, fill, look
-from mechlab.models.transformer import llama
+from mechlab.models.transformer import llama, unembed
 from mechlab.models.vit import ViTConfig
 from mechlab.reporting.log import Log
 from mechlab.training.batches import shuffled
@@ -35,11 +35,36 @@ V, T = len(world.tokenizer), world.MAX_LEN
 MODELS = ("a", "b", "unrelated")
 MIXES = ((0.25,) * 4, (0.4, 0.3, 0.2, 0.1), (0.25,) * 4)
 
+UNGUARDED = ("nucleus", "vcd", "dola")
+"""Decoders that choose tokens in another way and ask no detector; greedy and beam search apart."""
+
+RULES = {
+    "immediate": ("immediate", "objects"),
+    "sentence_start": ("sentence_start", "objects"),
+    "random_token": ("random", "objects"),
+    "every_token": ("min_conf", "all"),
+}
+"""Where ablations go back to, and about which tokens they ask; all others: ("min_conf", "objects")."""
+
+SCORES = {"confidence": 1, "random": 2}
+"""Detectors that are not G: one minus the word's confidence, and a random number."""
+
+NEVER = 2.0
+"""A threshold that no score reaches."""
+
+Decode = Callable[..., rollback.Decoded]
+
 
 class Lab(NamedTuple):
-    """Trained captioners (leaves lead with axis 3: ``MODELS``), and the bank of objects of both domains.
+    """Trained captioners and what their pictures are made of.
 
-    ``train`` and ``test`` banks hold domain 0's images first; ``rows[part][domain]`` are each domain's own.
+    Attributes:
+      config: of the run.
+      model: the captioner.
+      params: its parameters; leaves lead with axis 3: ``MODELS``.
+      images: objects of both domains, domain 0's first, "train" and "unseen".
+      domains: the rows of ``images`` that pictures of a part are made of, by domain. The parts "detect", "dev" and
+        "test" share no unseen object.
     """
 
     config: Config
@@ -66,44 +91,52 @@ class Captions(NamedTuple):
     states: np.ndarray
     truth: np.ndarray
 
-    @property
-    def mentions(self) -> tuple[np.ndarray, np.ndarray]:
-        """First mentions (n, 2) as (picture, position), and whether each is hallucinated (n,)."""
-        mask, labels = map(np.asarray, label_mentions(self.tokens, self.truth, world.CLASS_OF))
-        where = np.argwhere(mask)
-        return where, labels[where[:, 0], where[:, 1]]
-
 
 def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
-    """Load both domains and train: decoders on text alone, encoders on cells, then three captioners."""
+    """Load both domains and train three captioners."""
     first = load_images(config.data)
     log.say(f"domain 0: {first.note}; domain 1: scikit-learn digits with other nouns")
-    parts = [world.banks(first), world.banks(load_digits())]
-    domains = {part: (parts[0][i], parts[1][i]) for i, part in enumerate(("train", "test"))}
-    images = {part: jnp.concatenate([bank.images for bank in pair]) for part, pair in domains.items()}
-    sizes = {"layers": config.text_layers, "width": config.width, "heads": config.width // 16}
+    banks = [world.banks(first), world.banks(load_digits())]
+    (train_0, unseen_0), (train_1, unseen_1) = banks
+    domains = {"train": (train_0, train_1)}
+    for part, rows in (("detect", slice(0, None, 2)), ("dev", slice(1, None, 4)), ("test", slice(3, None, 4))):
+        domains[part] = (
+            unseen_0._replace(rows=unseen_0.rows[:, rows]),
+            unseen_1._replace(rows=unseen_1.rows[:, rows]),
+        )
+    images = {
+        "train": jnp.concatenate([train_0.images, train_1.images]),
+        "unseen": jnp.concatenate([unseen_0.images, unseen_1.images]),
+    }
+    sizes: dict[str, Any] = {"width": config.width, "heads": config.width // 16, "hidden": 3 * config.width}
+    sizes["init_std"] = None
+    side = (world.SIDE, world.SIDE)
     model = captioner(
-        ViTConfig(
-            image=(world.SIDE, world.SIDE),
-            patch=world.CELL,
-            channels=1,
-            layers=config.image_layers,
-            width=config.width,
-            heads=config.width // 16,
-            hidden=3 * config.width,
-            init_std=None,
-        ),
-        llama(vocabulary=V, hidden=3 * config.width, context=64, rope_theta=100.0, init_std=None, **sizes),
+        ViTConfig(image=side, patch=world.CELL, channels=1, layers=config.image_layers, **sizes),
+        llama(vocabulary=V, layers=config.text_layers, context=64, rope_theta=100.0, **sizes),
     )
     lab = Lab(config, model, None, images, domains)
-    data = [
-        both(stream(key, "train", name), lab, config.train, "train", mix)
-        for name, mix in zip(MODELS, MIXES, strict=True)
+    return lab._replace(params=train_captioners(stream(key, "training"), lab, log))
+
+
+def train_captioners(key: jax.Array, lab: Lab, log: Log) -> Any:
+    """Decoders on text alone, encoders on the cells of pictures, then captioners of both: every model is a lane."""
+    config, model = lab.config, lab.model
+    data: Any = [
+        both(stream(key, "pictures", name), lab, config.train, mix) for name, mix in zip(MODELS, MIXES, strict=True)
     ]
     data = jax.tree.map(lambda *x: jnp.stack(x), *data)
-    keys = jax.vmap(lambda i: stream(key, "lane", i))(jnp.arange(3))
-    starts = jax.vmap(lambda k: model.init(stream(k, "init")))(keys)
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(config.rate))
+    starts = jax.vmap(lambda i: model.init(stream(key, "init", i)))(jnp.arange(len(MODELS)))
+
+    def train(params: Any, data: Any, loss: Callable[..., Any], steps: int, name: str) -> Any:
+        rate = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 10, steps)
+        optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
+
+        def build(lane: Any) -> Job:
+            return Job(loss, lane["params"], optimiser, shuffled(lane["data"], config.batch))
+
+        keys = jax.vmap(lambda i: stream(key, name, i))(jnp.arange(len(data["seed"])))
+        return fit_many(keys, {"params": params, "data": data}, build, steps=steps, log=log, name=name).params
 
     def ahead(tokens: jax.Array) -> jax.Array:
         return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
@@ -112,49 +145,35 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
         return (losses * (tokens > 0)).sum() / (tokens > 0).sum()
 
-    def train(lanes: Any, loss: Callable[..., Any], steps: int, name: str) -> Any:
-        def build(lane: Any) -> Job:
-            return Job(loss, lane["params"], optimiser, shuffled(lane["data"], config.batch))
-
-        count = len(jax.tree.leaves(lanes)[0])
-        streams = jax.vmap(lambda i: stream(key, name, i))(jnp.arange(count))
-        return fit_many(streams, lanes, build, steps=steps, log=log, name=name).params
-
-    # Text first: captioners a and b go on from one decoder, the third from its own.
+    # Captioners a and b go on from one decoder, the third from its own.
     def text_loss(params: Any, batch: Any) -> jax.Array:
         tokens = batch["captions"]
         positions = model.prefix + jnp.arange(T)
         return caption_loss(model.text.apply({"params": params}, ahead(tokens), positions), tokens)
 
-    pair = jnp.array([0, 2])
-    text = train(
-        {"params": jax.tree.map(lambda x: x[pair], starts["text"]), "data": jax.tree.map(lambda x: x[pair], data)},
-        text_loss,
-        config.text_steps,
-        "decoders",
-    )
-    text = jax.tree.map(lambda x: x[jnp.array([0, 0, 1])], text)
+    pair, family = jnp.array([0, 2]), jnp.array([0, 0, 1])
+    own, texts = (jax.tree.map(lambda leaf: leaf[pair], tree) for tree in (starts["text"], data))
+    text = train(own, texts, text_loss, config.text_steps, "decoders")
+    text = jax.tree.map(lambda leaf: leaf[family], text)
 
-    # Then encoders learn what stands in each cell, as those of LVLMs come pretrained.
-    labels = jnp.concatenate([labels_of(bank) for bank in domains["train"]])
+    # Encoders learn which noun stands in each cell, as those of LVLMs come pretrained.
+    nouns = jnp.concatenate([labels_of(bank) + d * world.CLASSES for d, bank in enumerate(lab.domains["train"])])
+    empty = 2 * world.CLASSES
 
     def eye_loss(params: Any, batch: Any) -> jax.Array:
         seen = look(model, params["vision"], pixels(lab, batch, "train"))[:, 1:]
-        wanted = jnp.where(batch["items"] >= 0, labels[batch["items"]], world.CLASSES)
+        wanted = jnp.where(batch["items"] >= 0, nouns[batch["items"]], empty)
         return optax.softmax_cross_entropy_with_integer_labels(seen @ params["head"], wanted).mean()
 
-    heads = jax.vmap(lambda k: jax.random.normal(stream(k, "head"), (config.width, world.CLASSES + 1)) * 0.05)(keys)
-    eyes = train(
-        {"params": {"vision": starts["vision"], "head": heads}, "data": data}, eye_loss, config.eye_steps, "encoders"
-    )
+    head = 0.05 * jax.random.normal(stream(key, "head"), (len(MODELS), config.width, empty + 1))
+    eyes = train({"vision": starts["vision"], "head": head}, data, eye_loss, config.eye_steps, "encoders")
 
     def loss(params: Any, batch: Any) -> jax.Array:
         prefix = look(model, params["vision"], pixels(lab, batch, "train"))
         tokens = batch["captions"]
         return caption_loss(model.prefixed.apply({"params": params["text"]}, prefix, ahead(tokens)), tokens)
 
-    params = train({"params": {"vision": eyes["vision"], "text": text}, "data": data}, loss, config.steps, "captioners")
-    return lab._replace(params=params)
+    return train({"vision": eyes["vision"], "text": text}, data, loss, config.steps, "captioners")
 
 
 def labels_of(bank: world.Bank) -> jax.Array:
@@ -164,21 +183,22 @@ def labels_of(bank: world.Bank) -> jax.Array:
 
 
 def pictures(key: jax.Array, lab: Lab, n: int, part: str, domain: int, mix: Any = MIXES[0]) -> dict[str, np.ndarray]:
-    """Pictures of one domain, items as rows of ``lab.images[part]``."""
-    drawn = world.shelves(key, lab.domains[part][domain], n, domain=domain, lowest=lab.config.lowest, theme_mix=mix)
-    offset = domain * len(lab.domains[part][0].images)
+    """Pictures of one domain; items are rows of ``lab.images``."""
+    banks = lab.domains[part]
+    drawn = world.shelves(key, banks[domain], n, domain=domain, lowest=lab.config.lowest, theme_mix=mix)
+    offset = domain * len(banks[0].images)
     return drawn._replace(items=np.where(drawn.items >= 0, drawn.items + offset, -1))._asdict()
 
 
-def both(key: jax.Array, lab: Lab, n: int, part: str, mix: Any) -> dict[str, np.ndarray]:
-    """Half of the pictures from each domain."""
-    halves = [pictures(stream(key, domain), lab, n // 2, part, domain, mix) for domain in (0, 1)]
+def both(key: jax.Array, lab: Lab, n: int, mix: Any) -> dict[str, np.ndarray]:
+    """Training pictures, half of them from each domain."""
+    halves = [pictures(stream(key, domain), lab, n // 2, "train", domain, mix) for domain in (0, 1)]
     return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
 
 
-def pixels(lab: Lab, batch: Any, part: str) -> jax.Array:
-    """The pictures of a batch."""
-    bank = world.Bank(lab.images[part], jnp.zeros((0, 0), jnp.int32))
+def pixels(lab: Lab, batch: Any, images: str) -> jax.Array:
+    """The pictures of a batch, of "train" or "unseen" objects."""
+    bank = world.Bank(lab.images[images], jnp.zeros((0, 0), jnp.int32))
     return world.render(bank, batch["items"], batch["contrast"], batch["seed"])
 
 
@@ -201,61 +221,49 @@ def image_cache(model: Captioner, params: Any, seen: jax.Array) -> Any:
     return fill(model, params["text"], prefix, start, model.prefix + 1 + T)
 
 
-def decoder(lab: Lab, part: str, kind: str) -> Callable[..., rollback.Decoded]:
-    """``decode(params, batch, detector, tau, key)``, compiled: one decoder for all thresholds, detectors and models.
+def decoders(lab: Lab) -> Decode:
+    """``decode(name, params, batch, detector, tau, key)``: one program for all thresholds, detectors and captioners.
 
-    Kinds: greedy, vcd, nucleus, beam; guarded by G: truthprint (min_conf), immediate, sentence_start; guarded by other
-    scores: confidence (1 - c), random.
+    Names: "greedy", "beam", those of ``UNGUARDED``, "truthprint", and its ablations in ``RULES`` and ``SCORES``.
+    Greedy decoding is the program of TruthPrInt with the threshold ``NEVER``.
     """
     model, config = lab.model, lab.config
 
-    def score(detector: tp.Detector, key: jax.Array) -> Callable[[rollback.Moment], jax.Array]:
-        def g(moment: rollback.Moment) -> jax.Array:
-            return tp.detector_prob(detector, moment.hidden[:, lab.layer])
-
-        def confidence(moment: rollback.Moment) -> jax.Array:
-            return 1 - moment.confidence
-
-        def random(moment: rollback.Moment) -> jax.Array:
-            rows = jnp.arange(len(moment.token))
-            draw = jax.vmap(lambda r, n: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, r), n)))
-            return draw(rows, moment.forwards)
-
-        return {"confidence": confidence, "random": random}.get(kind, g)
-
-    @jax.jit
-    def decode(params: Any, batch: Any, detector: tp.Detector, tau: jax.Array, key: jax.Array) -> rollback.Decoded:
-        seen = pixels(lab, batch, part)
-        step = text_step(model, params)
-        if kind == "beam":
-            rows = jnp.repeat(jnp.arange(len(seen)), config.beams)
-            cache = jax.tree.map(lambda x: x[:, rows], image_cache(model, params, seen))
-            found = beam_search(
-                step,
-                cache,
-                lambda cache, rows: jax.tree.map(lambda x: x[:, rows], cache),
-                batch=len(seen),
-                width=config.beams,
-                start=BOS,
-                eos=EOS,
-                max_len=T,
-            )
-            none = jnp.zeros(len(seen), jnp.int32)
-            forwards = jnp.full(len(seen), config.beams * T)
-            confidence = jnp.zeros(found.tokens.shape)
-            trace = jnp.full((len(seen), 0, 3), -1)
-            return rollback.Decoded(found.tokens, found.lengths, confidence, trace, none, forwards, none == 0)
-        cache = image_cache(model, params, seen)
-        if kind == "vcd":
-            noise = jax.random.normal(stream(key, "spoilt"), seen.shape) * config.vcd_noise
-            cache, step = (cache, image_cache(model, params, seen + noise)), contrasted(step)
+    def read(params: Any, batch: Any, kind: str, key: jax.Array) -> tuple[Step, Any]:
+        """A step, and its carry with the pictures read."""
+        seen = pixels(lab, batch, "unseen")
+        step, cache = text_step(model, params), image_cache(model, params, seen)
         if kind == "nucleus":
-            step = sampled(step, stream(key, "sample"))
+            return sampled(step, key), cache
+        if kind == "vcd":
+            spoilt = seen + config.vcd_noise * jax.random.normal(key, seen.shape)
+            return contrasted(step), (cache, image_cache(model, params, spoilt))
+        if kind == "dola":
+            variables = {"params": params["text"]}
+            return layered(step, lambda hidden: unembed(model.text, variables, hidden[:, :-1])), cache
+        return step, cache
+
+    @partial(jax.jit, static_argnames="kind")
+    def guarded(
+        params: Any, batch: Any, detector: tp.Detector, mix: jax.Array, tau: Any, key: jax.Array, kind: str
+    ) -> rollback.Decoded:
+        step, carry = read(params, batch, kind, stream(key, "step"))
+        draws = stream(key, "draws")
+
+        def draw(row: jax.Array, n: jax.Array) -> jax.Array:
+            return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(draws, row), n))
+
+        def score(moment: rollback.Moment) -> jax.Array:
+            g = tp.detector_prob(detector, moment.hidden[:, lab.layer])
+            chance = jax.vmap(draw)(jnp.arange(len(g)), moment.forwards)
+            return mix @ jnp.stack([g, 1 - moment.confidence, chance])
+
+        back, check = RULES.get(kind, ("min_conf", "objects"))
         return rollback.guarded_decode(
             step,
-            cache,
-            score(detector, stream(key, "detector")),
-            batch=len(seen),
+            carry,
+            score,
+            batch=len(batch["seed"]),
             vocabulary=V,
             objects=world.OBJECT_IDS,
             start=BOS,
@@ -263,30 +271,63 @@ def decoder(lab: Lab, part: str, kind: str) -> Callable[..., rollback.Decoded]:
             eos=EOS,
             tau=tau,
             max_len=T,
-            n_max=0 if kind in ("greedy", "vcd", "nucleus") else config.n_max,
-            rollback=kind if kind in ("immediate", "sentence_start") else "min_conf",
+            n_max=config.n_max,
+            rollback=back,  # type: ignore[arg-type]
+            check=check,  # type: ignore[arg-type]
+            key=stream(key, "back"),
         )
+
+    @jax.jit
+    def beams(params: Any, batch: Any) -> rollback.Decoded:
+        step, cache = read(params, batch, "beam", jax.random.key(0))
+        size, width = len(batch["seed"]), config.beams
+
+        def reorder(cache: Any, rows: jax.Array) -> Any:
+            return jax.tree.map(lambda x: x[:, rows], cache)
+
+        found = beam_search(
+            step,
+            reorder(cache, jnp.repeat(jnp.arange(size), width)),
+            reorder,
+            batch=size,
+            width=width,
+            start=BOS,
+            eos=EOS,
+            max_len=T,
+        )
+        none = jnp.zeros(size, jnp.int32)
+        nothing = jnp.zeros((size, T)), jnp.full((size, 0, 3), -1), none
+        return rollback.Decoded(found.tokens, found.lengths, *nothing, none + width * T, none == 0)
+
+    def decode(
+        name: str, params: Any, batch: Any, detector: tp.Detector, tau: float, key: jax.Array
+    ) -> rollback.Decoded:
+        if name == "beam":
+            return beams(params, batch)
+        kind = name if name in UNGUARDED or name in RULES else "min_conf"
+        mix = jax.nn.one_hot(SCORES.get(name, 0), 3)
+        return guarded(params, batch, detector, mix, tau, key, kind=kind)
 
     return decode
 
 
-def captions(lab: Lab, params: Any, data: dict[str, np.ndarray], greedy: Any, states: Any) -> Captions:
+def captions(lab: Lab, params: Any, data: dict[str, np.ndarray], decode: Decode, states: Any) -> Captions:
     """Greedy captions in chunks, then the states that predicted each token, from one forward over the whole text."""
     found: list[Any] = []
     nobody, key = no_detector(lab), jax.random.key(0)
     for at in range(0, len(data["items"]), lab.config.chunk):
         batch = {name: jnp.asarray(data[name][at : at + lab.config.chunk]) for name in ("items", "contrast", "seed")}
-        out = greedy(params, batch, nobody, 2.0, key)
+        out = decode("greedy", params, batch, nobody, NEVER, key)
         found.append(jax.tree.map(np.asarray, (out.tokens, out.confidence, states(params, batch, out.tokens))))
     return Captions(*(np.concatenate(part) for part in zip(*found, strict=True)), data["truth"])
 
 
-def state_reader(lab: Lab, part: str) -> Callable[..., jax.Array]:
-    """(B, T, L, D): the stream at the position that predicts each token."""
+def state_reader(lab: Lab) -> Callable[..., jax.Array]:
+    """``states(params, batch, tokens)``, (B, T, L, D): the stream at the position that predicts each token."""
 
     @jax.jit
     def states(params: Any, batch: Any, tokens: jax.Array) -> jax.Array:
-        prefix = look(lab.model, params["vision"], pixels(lab, batch, part))
+        prefix = look(lab.model, params["vision"], pixels(lab, batch, "unseen"))
         read = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
         _, acts = lab.model.prefixed.capture({"params": params["text"]}, prefix, read, sites=("resid_post",))
         return jnp.moveaxis(acts["resid_post"][:, :, lab.model.prefix :], 0, 2)

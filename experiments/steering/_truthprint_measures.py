@@ -1,7 +1,8 @@
-"""What is measured of captions: mentions with their states, CHAIR with intervals over pictures, an example as text."""
+"""What is measured of captions: mentions with their states, CHAIR with intervals over pictures, examples as text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,24 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.measures import per_seed
-from experiments.steering._truthprint_lab import EOS, Captions
-from mechlab.analysis.mentions import Chair
-from mechlab.analysis.metrics import auroc
+from experiments.steering._truthprint_lab import END, EOS, Captions
+from mechlab.analysis.mentions import Chair, label_mentions, mentioned, pope, pope_negatives
+from mechlab.core.rng import stream
 from mechlab.data.worlds import shelves as world
 from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
 from mechlab.reporting.results import Metric
 
 
+class Mentions(NamedTuple):
+    """First mentions of objects in the captions of S seeds, cut to as many as the seed with the fewest has.
+
+    Attributes:
+      states: (S, n, L, D) what predicted the word, one token early.
+      false: (S, n) whether the object is absent.
+      confidence: (S, n) of the word.
+      words: (S, n) tokens.
+      rows, at: (S, n) caption and position.
+    """
+
+    states: np.ndarray
+    false: np.ndarray
+    confidence: np.ndarray
+    words: np.ndarray
+    rows: np.ndarray
+    at: np.ndarray
+
+
 class Told(NamedTuple):
-    """Pictures of all seeds, one after the other, and a captioner's greedy captions of them."""
+    """Pictures of all seeds, one seed after the other, a captioner's greedy captions, and what they mention first."""
 
     data: dict[str, np.ndarray]
     captions: Captions
-    seeds: int
+    mentions: Mentions
 
     def rows(self, seed: int) -> slice:
-        n = len(self.captions.tokens) // self.seeds
+        n = len(self.captions.tokens) // len(self.mentions.false)
         return slice(seed * n, (seed + 1) * n)
 
     def truth(self, seed: int) -> np.ndarray:
@@ -35,21 +55,28 @@ class Told(NamedTuple):
     def batch(self, seed: int) -> dict[str, jax.Array]:
         return {name: jnp.asarray(self.data[name][self.rows(seed)]) for name in ("items", "contrast", "seed")}
 
-    def mentions(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """States (n, L, D) before first mentions, whether these are hallucinated (n,), and where they are (n, 2)."""
-        mine = Captions(*(field[self.rows(seed)] for field in self.captions))
-        where, labels = mine.mentions
-        return mine.states[where[:, 0], where[:, 1]], labels, where
 
-    def confidences(self, seed: int) -> np.ndarray:
-        """(n,) of first mentions."""
-        where = self.mentions(seed)[2]
-        return self.captions.confidence[self.rows(seed)][where[:, 0], where[:, 1]]
+def first_mentions(captions: Captions, seeds: int) -> Mentions:
+    """Of captions (N, ...), N / S of each seed."""
+    mask, labels = map(np.asarray, label_mentions(captions.tokens, captions.truth, world.CLASS_OF))
+    size = len(mask) // seeds
+    found = [np.argwhere(mask[s * size : (s + 1) * size]) + np.array([s * size, 0]) for s in range(seeds)]
+    rows, at = np.stack([where[: min(map(len, found))] for where in found]).transpose(2, 0, 1)
+    return Mentions(
+        captions.states[rows, at], labels[rows, at], captions.confidence[rows, at], captions.tokens[rows, at], rows, at
+    )
 
-    def words(self, seed: int) -> np.ndarray:
-        """(n,) tokens of first mentions."""
-        where = self.mentions(seed)[2]
-        return self.captions.tokens[self.rows(seed)][where[:, 0], where[:, 1]]
+
+def preceding_minimum(captions: Captions, mentions: Mentions) -> np.ndarray:
+    """PMC (S, n): the least confidence among the tokens of the sentence before a mention; NaN if there are none."""
+    least = np.full(mentions.at.shape, np.nan)
+    for (s, i), t in np.ndenumerate(mentions.at):
+        row = mentions.rows[s, i]
+        ends = np.flatnonzero(captions.tokens[row, :t] == END)
+        start = int(ends[-1]) + 1 if ends.size else 0
+        if start < t:
+            least[s, i] = captions.confidence[row, start:t].min()
+    return least
 
 
 def word_prior(words: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -59,29 +86,27 @@ def word_prior(words: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def within_word(scores: np.ndarray, labels: np.ndarray, words: np.ndarray) -> float | None:
-    """Mean AUROC within words, weighted by their pairs: what a lookup of words cannot have."""
-    total = weight = 0.0
+    """AUROC over pairs of mentions of one word: what a lookup of words cannot have."""
+    wins = pairs = 0.0
     for word in np.unique(words):
-        mine = labels[words == word]
-        if pairs := int(mine.sum() * (~mine).sum()):
-            total += pairs * float(auroc(scores[words == word], mine))
-            weight += pairs
-    return total / weight if weight else None
+        mine, false = scores[words == word], labels[words == word]
+        gap = mine[false][:, None] - mine[~false]
+        wins += (gap > 0).sum() + (gap == 0).sum() / 2
+        pairs += gap.size
+    return float(wins / pairs) if pairs else None
 
 
-def preceding_minimum(told: Told, seed: int, where: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """PMC: the least confidence among the tokens of the sentence before a mention; of hallucinated, of truthful."""
-    tokens, confidence = told.captions.tokens[told.rows(seed)], told.captions.confidence[told.rows(seed)]
-    end = world.tokenizer.ids[world.END]
-    least, kept = [], []
-    for (i, t), label in zip(where.tolist(), labels.tolist(), strict=True):
-        ends = np.flatnonzero(tokens[i, :t] == end)
-        start = int(ends[-1]) + 1 if ends.size else 0
-        if start < t:
-            least.append(confidence[i, start:t].min())
-            kept.append(label)
-    values, false = np.asarray(least), np.asarray(kept, bool)
-    return values[false], values[~false]
+def match_rate(rollbacks: Callable[[float], float], rate: float, wanted: float, rounds: int) -> float:
+    """The flag rate at which ``rollbacks(rate)`` comes nearest to ``wanted``, tried ``rounds`` times from ``rate`` on.
+
+    Each new rate assumes that rollbacks are proportional to it.
+    """
+    tried = []
+    for _ in range(rounds):
+        found = rollbacks(rate)
+        tried.append((abs(found - wanted), rate))
+        rate = min(0.9, rate * wanted / found) if found > 0 else min(0.9, 2 * rate)
+    return min(tried)[1]
 
 
 def chair_metrics(name: str, texts: list[rollback.Decoded], counts: list[Chair]) -> dict[str, Metric]:
@@ -97,24 +122,32 @@ def chair_metrics(name: str, texts: list[rollback.Decoded], counts: list[Chair])
     }
 
 
+def pope_metrics(
+    key: jax.Array, name: str, texts: list[rollback.Decoded], truths: list[np.ndarray]
+) -> dict[str, Metric]:
+    """Answers to "is there a ...?" by the caption, by kind of negatives and seed; the same questions for all names."""
+    found: dict[str, list[float]] = {}
+    for kind in ("random", "popular", "adversarial"):
+        for seed, (out, truth) in enumerate(zip(texts, truths, strict=True)):
+            said = mentioned(out.tokens, world.CLASS_OF, world.CLASSES)
+            answers = pope(said, truth, pope_negatives(stream(key, kind, seed), truth, kind))
+            for field, value in answers._asdict().items():
+                found.setdefault(f"pope/{kind}/{field}/{name}", []).append(100 * float(value))
+    return {metric: per_seed(values, "%") for metric, values in found.items()}
+
+
 def compare(key: jax.Array, name: str, found: dict[str, list[Chair]]) -> dict[str, Metric]:
-    """Against greedy and against TruthPrInt; intervals draw pictures again, the same for both and for all seeds."""
+    """Against greedy and against TruthPrInt; intervals draw pictures again, the same for all decoders."""
 
     def table(decoder: str) -> np.ndarray:
         return np.stack([np.stack([np.asarray(field) for field in counts]) for counts in found[decoder]])  # (S, 4, N)
 
-    own, greedy, best = table(name), table("greedy"), table("truthprint")
-    size = own.shape[-1]
+    arms = [table(decoder) for decoder in (name, "greedy", "truthprint")]
+    size = arms[0].shape[-1]
     drawn = np.asarray(jax.random.randint(key, (1000, size), 0, size))
     times = np.stack([np.bincount(rows, minlength=size) for rows in drawn])  # (R, N)
-
-    def both(rule: Any) -> tuple[float, tuple[float, float], tuple[float, ...]]:
-        once = tuple(float(rule(*(arm[s : s + 1].sum(-1) for arm in (own, greedy, best)))[0]) for s in range(len(own)))
-        again = np.mean(
-            [rule(*(np.einsum("rn,fn->rf", times, arm[s]) for arm in (own, greedy, best))) for s in range(len(own))], 0
-        )
-        low, high = np.quantile(again, [0.025, 0.975])
-        return float(np.mean(once)), (float(low), float(high)), once
+    once = [arm.sum(-1)[:, None] for arm in arms]  # (S, 1, 4)
+    again = [np.einsum("rn,sfn->srf", times, arm) for arm in arms]  # (S, R, 4)
 
     def chair_i(sums: np.ndarray) -> np.ndarray:
         return 100 * sums[..., 1] / np.maximum(sums[..., 0], 1)
@@ -122,18 +155,17 @@ def compare(key: jax.Array, name: str, found: dict[str, list[Chair]]) -> dict[st
     def recall(sums: np.ndarray) -> np.ndarray:
         return 100 * sums[..., 2] / np.maximum(sums[..., 3], 1)
 
-    rules = {
-        f"drop/{name}": (
-            lambda a, g, b: 100 * (1 - chair_i(a) / np.maximum(chair_i(g), 1e-9)),
-            "% of greedy's CHAIR_i",
-        ),
-        f"recall_lost/{name}": (lambda a, g, b: recall(g) - recall(a), "points"),
-        f"over/{name}": (lambda a, g, b: chair_i(a) - chair_i(b), "points of CHAIR_i"),
-    }
-    measured = {metric: (both(rule), unit) for metric, (rule, unit) in rules.items()}
+    def measured(rule: Callable[..., np.ndarray], unit: str) -> Metric:
+        seeds = rule(*once)[:, 0]
+        low, high = np.quantile(rule(*again).mean(0), [0.025, 0.975])
+        return Metric(value=float(seeds.mean()), ci95=(low, high), n=size, unit=unit, per_seed=tuple(seeds))
+
     return {
-        metric: Metric(value=value, ci95=interval, n=size, unit=unit, per_seed=seeds)
-        for metric, ((value, interval, seeds), unit) in measured.items()
+        f"drop/{name}": measured(
+            lambda own, greedy, _: 100 * (1 - chair_i(own) / np.maximum(chair_i(greedy), 1e-9)), "% of greedy's CHAIR_i"
+        ),
+        f"recall_lost/{name}": measured(lambda own, greedy, _: recall(greedy) - recall(own), "points"),
+        f"over/{name}": measured(lambda own, _, best: chair_i(own) - chair_i(best), "points of CHAIR_i"),
     }
 
 
@@ -154,16 +186,17 @@ def words_of(tokens: np.ndarray, length: int) -> str:
     return " ".join(world.tokenizer.words[token] for token in tokens[:length] if token != EOS)
 
 
-def example(told: Told, greedy: list[rollback.Decoded], guarded: list[rollback.Decoded]) -> dict[str, Any] | None:
-    """The first test picture of seed 0 whose caption was changed: its truth, both captions, every rollback."""
-    changed = np.flatnonzero(guarded[0].interventions > 0)
-    if not changed.size:
-        return None
-    row = int(changed[0])
-    truth = [world.NOUNS[0][c] for c in np.flatnonzero(told.truth(0)[row])]
-    steps = [
-        f"at {t}: back to {i}, not '{world.tokenizer.words[banned]}'"
-        for t, i, banned in guarded[0].trace[row][: guarded[0].interventions[row]].tolist()
-    ]
-    before, after = (words_of(out[0].tokens[row], int(out[0].lengths[row])) for out in (greedy, guarded))
-    return {"truth": ", ".join(truth), "before": before, "after": after, "steps": steps}
+def examples(
+    truth: np.ndarray, greedy: rollback.Decoded, guarded: rollback.Decoded, most: int = 4
+) -> list[dict[str, Any]]:
+    """The first pictures whose caption was changed: what is there, both captions, and every rollback."""
+    found = []
+    for row in np.flatnonzero(guarded.interventions > 0)[:most].tolist():
+        before, after = (words_of(out.tokens[row], int(out.lengths[row])) for out in (greedy, guarded))
+        steps = [
+            f'at token {t}: back to {i}, not "{world.tokenizer.words[banned]}"'
+            for t, i, banned in guarded.trace[row][: guarded.interventions[row]].tolist()
+        ]
+        there = [world.NOUNS[0][c] for c in np.flatnonzero(truth[row])]
+        found.append({"row": row, "truth": ", ".join(there), "before": before, "after": after, "steps": steps})
+    return found

@@ -7,7 +7,8 @@ Three small captioners describe shelves of digits (data/worlds/shelves.py): "a" 
 LVLMs share a language model, with encoders and themes of their own; "unrelated" shares nothing. All learned from
 captions of which a quarter name an absent object of the theme. Detectors are trained on greedy captions of a, and
 tested while decoding new pictures; seeds are new pictures and new detectors. ComnHallu carries them to the other domain
-and the other captioners. Thresholds come from dev pictures.
+and the other captioners. Thresholds come from dev pictures. A captioner that says too little, or errs too rarely or too
+often, on dev, is not fit to judge the paper by: then no claim is judged.
 
 The paper's subjects are LVLMs of 7 billion parameters. Ours are on docs/papers/truthprint.md.
 """
@@ -21,23 +22,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.measures import per_seed
 from experiments.steering import _truthprint_figures as draw
 from experiments.steering import _truthprint_lab as lab_of
 from experiments.steering._truthprint_claims import CLAIMS
+from experiments.steering._truthprint_detect import carry_over, detect
 from experiments.steering._truthprint_measures import (
     Told,
     chair_metrics,
     compare,
-    example,
-    pair_rows,
-    preceding_minimum,
-    within_word,
-    word_prior,
+    examples,
+    first_mentions,
+    match_rate,
+    pope_metrics,
 )
-from mechlab.analysis.intervals import bootstrap_mean
-from mechlab.analysis.mentions import chair, mentioned, pope, pope_negatives
-from mechlab.analysis.metrics import auroc, tpr_at_fpr
+from mechlab.analysis.mentions import Chair, chair
 from mechlab.core.rng import stream
 from mechlab.data.images import load_images
 from mechlab.data.worlds import shelves as world
@@ -48,8 +46,9 @@ from mechlab.reporting.results import Metric, Result, judge_claims
 
 __all__ = ["CLAIMS", "PRESETS", "Config", "resolve", "run"]
 
-DECODERS = ("greedy", "beam", "nucleus", "vcd", "confidence", "random", "immediate", "sentence_start", "truthprint")
-GUARDED = ("confidence", "random", "immediate", "sentence_start", "truthprint")
+DECODERS = ("greedy", "beam", *lab_of.UNGUARDED, *lab_of.SCORES, *lab_of.RULES, "truthprint")
+TARGETS = {"cross_data": ("a", 1), "cross_lineage": ("b", 0), "cross_both": ("b", 1), "unrelated": ("unrelated", 0)}
+"""Captioner and domain that a's detectors are carried to."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,14 +60,16 @@ class Config:
       image_layers, text_layers, width: of the captioners.
       train: pictures to learn captions from.
       text_steps, eye_steps, steps: of the decoders on text, of the encoders on cells, of the captioners.
-      batch, rate: of every training.
+      batch, rate: of every training; the rate rises for a tenth of the steps, then falls to 0.
       lowest: contrast of the faintest object.
-      detect, dev, test: pictures for G, for its epoch and threshold, and for testing, for each seed.
+      detect, dev, test, transfer: pictures for G, for its epoch and threshold, for testing, and of each target of
+        transfer, for each seed; ``chunk`` divides them.
       seeds: new pictures and detectors on the same captioners.
       hidden: widths of G.
       epochs: of G.
       fpr: target on dev; fprs: of the trade-off curve.
       n_max: interventions per sentence.
+      matches: tries to give the controls as many rollbacks as TruthPrInt has on dev.
       decoders: which of ``DECODERS``; "greedy" and "truthprint" always.
       beams: width of the beam search.
       vcd_noise: standard deviation of the noise on the spoilt image.
@@ -90,12 +91,14 @@ class Config:
     detect: int = 1500
     dev: int = 300
     test: int = 300
+    transfer: int = 600
     seeds: int = 3
     hidden: tuple[int, ...] = (128, 64)
     epochs: int = 50
     fpr: float = 0.05
     fprs: tuple[float, ...] = (0.02, 0.1, 0.2)
     n_max: int = 5
+    matches: int = 3
     decoders: tuple[str, ...] = DECODERS
     beams: int = 5
     vcd_noise: float = 0.5
@@ -106,8 +109,13 @@ class Config:
         unknown = [name for name in self.decoders if name not in DECODERS]
         if unknown or not {"greedy", "truthprint"} <= set(self.decoders):
             raise ValueError(f"decoders must hold greedy and truthprint and be of {', '.join(DECODERS)}, got {unknown}")
-        if min(self.seeds, self.steps, self.detect, self.dev, self.test, self.chunk) < 1 or self.width % 16:
-            raise ValueError("counts must be at least 1, and width a multiple of 16")
+        counts = (self.detect, self.dev, self.test, self.transfer)
+        if min(self.seeds, self.matches, self.chunk, *counts) < 1 or any(n % self.chunk for n in counts):
+            raise ValueError(f"detect, dev, test and transfer must be multiples of chunk={self.chunk}, got {counts}")
+        if min(self.text_steps, self.eye_steps, self.steps) < 10 or self.width % 16 or self.text_layers < 2:
+            raise ValueError(
+                "wanted at least 10 steps of every training, 2 text layers, and a width in multiples of 16"
+            )
 
 
 PRESETS: dict[str, Config] = {
@@ -121,14 +129,16 @@ PRESETS: dict[str, Config] = {
         eye_steps=60,
         steps=100,
         detect=100,
-        dev=60,
-        test=40,
+        dev=50,
+        test=50,
+        transfer=50,
         seeds=1,
         hidden=(),
         epochs=10,
         fprs=(),
+        matches=1,
         decoders=("greedy", "random", "immediate", "truthprint"),
-        chunk=100,
+        chunk=50,
     ),
     "cpu": Config(),
     "accel": Config(
@@ -162,175 +172,91 @@ def resolve(config: Config) -> Config:
 def run(key: jax.Array, config: Config, log: Log) -> Result:
     """Captioners, detectors, decoding, transfer, claims and figures."""
     lab = lab_of.prepare(stream(key, "lab"), config, log)
+    decode, states = lab_of.decoders(lab), lab_of.state_reader(lab)
     metrics: dict[str, Metric] = {}
-    greedy, states = lab_of.decoder(lab, "test", "greedy"), lab_of.state_reader(lab, "test")
 
-    def told(name: str, domain: int, n: int, use: str) -> Told:
+    def told(name: str, domain: int, part: str, n: int, use: str) -> Told:
         """Greedy captions of n new pictures for every seed, by one captioner."""
-        drawn = [lab_of.pictures(stream(key, use, domain, s), lab, n, "test", domain) for s in range(config.seeds)]
+        drawn = [lab_of.pictures(stream(key, use, domain, s), lab, n, part, domain) for s in range(config.seeds)]
         data = {field: np.concatenate([one[field] for one in drawn]) for field in drawn[0]}
-        return Told(data, lab_of.captions(lab, lab.of(name), data, greedy, states), config.seeds)
+        captions = lab_of.captions(lab, lab.of(name), data, decode, states)
+        return Told(data, captions, first_mentions(captions, config.seeds))
 
-    log.say("greedy captions of a, for the detector")
-    # Digits of the detector's pictures are those that the captioner was not trained on: there it would not err.
-    sets = {use: told("a", 0, getattr(config, use), use) for use in ("detect", "dev", "test")}
+    log.say("greedy captions of a")
+    # The detector's pictures are of objects that the captioner was not trained on: on others it would not err.
+    sets = {use: told("a", 0, use, getattr(config, use), use) for use in ("detect", "dev", "test")}
+    gate = chair(sets["dev"].captions.tokens, sets["dev"].captions.truth, world.CLASS_OF)
+    metrics["gate/recall"] = Metric(value=100 * float(gate.recall), unit="% on dev")
+    metrics["gate/chair_i"] = Metric(value=100 * float(gate.chair_i), unit="% on dev")
+    log.say(
+        f"greedy on dev: recall {metrics['gate/recall'].value:.1f} %, CHAIR_i {metrics['gate/chair_i'].value:.1f} %"
+    )
+
     detectors, seen = detect(stream(key, "detectors"), lab, sets, metrics)
-    guard(stream(key, "guard"), lab, sets, detectors, metrics, seen, log)
-    transfer(stream(key, "transfer"), lab, sets, told, metrics, seen)
+    guard(stream(key, "guard"), lab, sets, detectors, decode, metrics, seen, log)
+    log.say("transfer")
+    others = {name: told(*target, "test", config.transfer, "other") for name, target in TARGETS.items()}
+    carry_over(stream(key, "transfer"), lab, sets, others, detectors, metrics, seen)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=draw.all_figures(metrics, seen))
-
-
-def detect(
-    key: jax.Array, lab: lab_of.Lab, sets: dict[str, Told], metrics: dict[str, Metric]
-) -> tuple[list[tp.Detector], dict[str, Any]]:
-    """One detector per seed at the chosen block, and one at every block; what else could tell."""
-    config = lab.config
-    rows: dict[str, list[float]] = {}
-    detectors, scores, labels, depth = [], [], [], []
-
-    def add(name: str, value: Any) -> None:
-        rows.setdefault(name, []).append(float(value))
-
-    for seed in range(config.seeds):
-        (x, y, _), (dev_x, dev_y, _), (test_x, test_y, at) = (sets[u].mentions(seed) for u in ("detect", "dev", "test"))
-        kept = tp.balanced(stream(key, "balance", seed), y)
-        every = at_every_depth(stream(key, "fit", seed), x[kept], y[kept], dev_x, dev_y, config)
-        depth.append(
-            [
-                float(auroc(tp.detector_logit(jax.tree.map(lambda leaf, b=b: leaf[b], every), test_x[:, b]), test_y))
-                for b in range(config.text_layers)
-            ]
-        )
-        g = jax.tree.map(lambda leaf: leaf[lab.layer], every)
-        logit = np.asarray(tp.detector_logit(g, test_x[:, lab.layer]))
-        detectors.append(g)
-        scores.append(logit)
-        labels.append(test_y)
-        add("auroc", auroc(logit, test_y))
-        for fpr in (1, 5, 10):
-            add(f"tpr_{fpr}", tpr_at_fpr(logit, test_y, fpr / 100))
-        words = sets["test"].words(seed)
-        add("auroc_confidence", auroc(-sets["test"].confidences(seed), test_y))
-        add("auroc_word", auroc(word_prior(sets["detect"].words(seed), y)[words], test_y))
-        if (inside := within_word(logit, test_y, words)) is not None:
-            add("auroc_within_word", inside)
-        false, true = preceding_minimum(sets["test"], seed, at, test_y)
-        metrics_of = {"hallucinated": false, "truthful": true}
-        for name, values in metrics_of.items():
-            rows.setdefault(f"pmc/{name}", []).append(float(values.mean()))
-    for name, values in rows.items():
-        metrics[name if "/" in name else f"detector/{name}"] = per_seed(values, "probability" if "/" in name else "")
-    seen = {"scores": scores, "labels": labels, "depth": np.asarray(depth), "pmc": metrics_of}
-    return detectors, seen
-
-
-def at_every_depth(key: jax.Array, x: Any, y: Any, dev_x: Any, dev_y: Any, config: Config) -> tp.Detector:
-    """A detector after every block, all in one program; x (N, L, D), leaves of the result (L, ...)."""
-
-    def fit(x: jax.Array, dev_x: jax.Array) -> tp.Detector:
-        return tp.fit_detector(key, x, y, dev_x, dev_y, hidden=config.hidden, epochs=config.epochs)
-
-    return jax.vmap(fit, in_axes=1)(jnp.asarray(x), jnp.asarray(dev_x))
 
 
 def guard(
     key: jax.Array,
     lab: lab_of.Lab,
     sets: dict[str, Told],
-    detectors: list[tp.Detector],
+    detectors: tp.Detector,
+    decode: lab_of.Decode,
     metrics: dict[str, Metric],
     seen: dict[str, Any],
     log: Log,
 ) -> None:
-    """Every decoder on the test pictures, at thresholds from dev that flag an equal share of greedy's words there."""
-    config, found = lab.config, {}
+    """Every decoder on the test pictures; thresholds, and rollback rates of the controls, come from dev pictures."""
+    config, dev = lab.config, sets["dev"]
+    seeds = range(config.seeds)
+    found: dict[str, list[Chair]] = {}
     outputs: dict[str, list[rollback.Decoded]] = {}
-    thresholds: dict[str, list[float]] = {name: [] for name in GUARDED}
-    for seed in range(config.seeds):
-        x, y, _ = sets["dev"].mentions(seed)
-        prob = np.asarray(tp.detector_prob(detectors[seed], x[:, lab.layer]))
-        tau = tp.threshold_at_fpr(prob, y, config.fpr)
-        share = float((prob >= tau).mean())
-        unsure = 1 - sets["dev"].confidences(seed)
-        given = {"confidence": tp.threshold_at_rate(unsure, share), "random": 1 - share}
-        for name in GUARDED:
-            thresholds[name].append(given.get(name, tau))
+    probs = np.asarray(jax.vmap(tp.detector_prob)(detectors, jnp.asarray(dev.mentions.states[:, :, lab.layer])))
 
-    def texts(name: str, taus: list[float]) -> list[rollback.Decoded]:
-        decode = lab_of.decoder(lab, "test", "truthprint" if name.startswith("fpr") else name)
-        return [
-            jax.tree.map(
-                np.asarray,
-                decode(lab.of("a"), sets["test"].batch(seed), detectors[seed], taus[seed], stream(key, name, seed)),
-            )
-            for seed in range(config.seeds)
-        ]
+    def text(name: str, told: Told, seed: int, tau: float) -> rollback.Decoded:
+        mine = jax.tree.map(lambda leaf: leaf[seed], detectors)
+        return jax.tree.map(np.asarray, decode(name, lab.of("a"), told.batch(seed), mine, tau, stream(key, name, seed)))
+
+    def at_fpr(fpr: float) -> list[float]:
+        return [tp.threshold_at_fpr(probs[seed], dev.mentions.false[seed], fpr) for seed in seeds]
+
+    tau = at_fpr(config.fpr)
+
+    def control(name: str, seed: int) -> float:
+        """The threshold of another detector with which decoding goes back on dev as often as with G."""
+
+        def threshold(rate: float) -> float:
+            return 1 - rate if name == "random" else tp.threshold_at_rate(1 - dev.mentions.confidence[seed], rate)
+
+        def rollbacks(rate: float) -> float:
+            return float(text(name, dev, seed, threshold(rate)).interventions.mean())
+
+        wanted = float(text("truthprint", dev, seed, tau[seed]).interventions.mean())
+        flagged = float((probs[seed] >= tau[seed]).mean())
+        return threshold(match_rate(rollbacks, flagged, wanted, config.matches))
 
     for name in config.decoders:
         log.say(f"decoding: {name}")
-        outputs[name] = texts(name, thresholds.get(name, [2.0] * config.seeds))
+        if name in lab_of.SCORES:
+            thresholds = [control(name, seed) for seed in seeds]
+        else:
+            thresholds = tau if name in lab_of.RULES or name == "truthprint" else [lab_of.NEVER] * config.seeds
+        outputs[name] = [text(name, sets["test"], seed, thresholds[seed]) for seed in seeds]
     for fpr in config.fprs:
-        taus = []
-        for seed in range(config.seeds):
-            x, y, _ = sets["dev"].mentions(seed)
-            taus.append(tp.threshold_at_fpr(tp.detector_prob(detectors[seed], x[:, lab.layer]), y, fpr))
-        outputs[f"fpr_{fpr:g}"] = texts(f"fpr_{fpr:g}", taus)
+        outputs[f"fpr_{fpr:g}"] = [text("truthprint", sets["test"], s, t) for s, t in enumerate(at_fpr(fpr))]
 
-    for name, texts_of in outputs.items():
-        counts = [chair(out.tokens, sets["test"].truth(seed), world.CLASS_OF) for seed, out in enumerate(texts_of)]
-        found[name] = counts
-        metrics |= chair_metrics(name, texts_of, counts)
-        for kind in ("random", "popular", "adversarial"):
-            asked = []
-            for seed, out in enumerate(texts_of):
-                truth = sets["test"].truth(seed)
-                said = mentioned(out.tokens, world.CLASS_OF, world.CLASSES)
-                asked.append(pope(said, truth, pope_negatives(stream(key, kind, seed), truth, kind)))
-            for field in ("accuracy", "f1", "yes_rate"):
-                metrics[f"pope/{kind}/{field}/{name}"] = per_seed([100 * float(getattr(p, field)) for p in asked], "%")
+    truths = [sets["test"].truth(seed) for seed in seeds]
+    for name, texts in outputs.items():
+        found[name] = [chair(out.tokens, truth, world.CLASS_OF) for out, truth in zip(texts, truths, strict=True)]
+        metrics |= chair_metrics(name, texts, found[name]) | pope_metrics(stream(key, "pope"), name, texts, truths)
     for name in outputs:
         if name != "greedy":
-            metrics |= compare(stream(key, "bootstrap", name), name, found)
-    seen["example"] = example(sets["test"], outputs["greedy"], outputs["truthprint"])
-
-
-def transfer(
-    key: jax.Array, lab: lab_of.Lab, sets: dict[str, Told], told: Any, metrics: dict[str, Metric], seen: dict[str, Any]
-) -> None:
-    """AUROC of a's detector on other pictures and other captioners, with and without ComnHallu, and its rank."""
-    config = lab.config
-    targets = {"cross_data": ("a", 1), "cross_lineage": ("b", 0), "cross_both": ("b", 1), "unrelated": ("unrelated", 0)}
-    others = {name: told(model, domain, config.detect, "other") for name, (model, domain) in targets.items()}
-    rows: dict[str, list[float]] = {}
-    for seed in range(config.seeds):
-        (x, y, _), (dev_x, dev_y, _) = (sets[use].mentions(seed) for use in ("detect", "dev"))
-        kept = tp.balanced(stream(key, "balance", seed), y)
-        x, dev_x = x[:, lab.layer], dev_x[:, lab.layer]
-        best = tp.choose_k(x)
-        settings = {"hidden": config.hidden, "epochs": config.epochs}
-        plain = tp.fit_detector(stream(key, "plain", seed), x[kept], y[kept], dev_x, dev_y, **settings)
-        for k in (best, *config.ks):
-            # Source maps do not depend on the target, so one detector serves all.
-            first = tp.comnhallu(x, x, k)
-            g = tp.fit_detector(
-                stream(key, "aligned", seed), first.source(x[kept]), y[kept], first.source(dev_x), dev_y, **settings
-            )
-            for name, other in others.items():
-                target_x, target_y, _ = other.mentions(seed)
-                target_x = target_x[:, lab.layer]
-                maps = tp.comnhallu(x, target_x, k)
-                value = float(auroc(tp.detector_logit(g, maps.target(target_x)), target_y))
-                rows.setdefault(f"aligned/{name}" if k == best else f"k_{k}/{name}", []).append(value)
-                if k == best:
-                    rows.setdefault(f"plain/{name}", []).append(
-                        float(auroc(tp.detector_logit(plain, target_x), target_y))
-                    )
-                    if name == "cross_lineage" and seed == 0:
-                        seen["spaces"] = pair_rows(maps, x, y, target_x, target_y)
-        rows.setdefault("k", []).append(best)
-    for name, values in rows.items():
-        metrics[f"transfer/{name}"] = per_seed(values, "directions" if name == "k" else "AUROC")
-    related = ("cross_data", "cross_lineage", "cross_both")
-    gains = np.concatenate([np.subtract(rows[f"aligned/{n}"], rows[f"plain/{n}"]) for n in related])
-    mean, low, high = (float(v) for v in bootstrap_mean(stream(key, "bootstrap"), gains))
-    metrics["transfer/gain"] = Metric(value=mean, ci95=(low, high), n=len(gains), unit="AUROC", per_seed=tuple(gains))
+            metrics |= compare(stream(key, "bootstrap"), name, found)
+    seen["examples"] = examples(truths[0], outputs["greedy"][0], outputs["truthprint"][0])
+    for one in seen["examples"]:
+        log.say("\n  ".join((one["truth"], f"greedy: {one['before']}", f"guarded: {one['after']}", *one["steps"])))
+        one["picture"] = np.asarray(lab_of.pixels(lab, sets["test"].batch(0), "unseen")[one["row"], ..., 0])

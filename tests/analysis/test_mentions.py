@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mechlab.analysis.mentions import chair, label_mentions, mentioned, pope, pope_negatives
 
@@ -39,6 +41,19 @@ def test_pope_by_hand():
     # Asked for 5 objects; "yes" to objects 0 and 1 of the first caption and 2 of the second; two answers are wrong.
     assert float(found.accuracy) == pytest.approx(3 / 5) and float(found.yes_rate) == pytest.approx(3 / 5)
     assert float(found.f1) == pytest.approx(2 * 2 / (3 + 3))
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_chair_counts_what_sets_count(seed):
+    rng = np.random.default_rng(seed)
+    tokens, truth = rng.integers(0, 6, (3, 7)), rng.random((3, 3)) < 0.5
+    found = chair(tokens, truth, CLASS_OF)
+    for row, there in enumerate(truth):
+        named = [int(c) for c in CLASS_OF[tokens[row]] if c >= 0]
+        assert int(found.mentions[row]) == len(named)
+        assert int(found.hallucinated[row]) == sum(not there[c] for c in named)
+        assert int(found.recalled[row]) == len(set(named) & set(np.flatnonzero(there).tolist()))
+    assert 0 <= float(found.chair_i) <= 1 and 0 <= float(found.recall) <= 1
 
 
 @pytest.mark.parametrize("kind", ["random", "popular", "adversarial"])

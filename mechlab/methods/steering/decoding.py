@@ -1,4 +1,4 @@
-"""Decoders that others are compared with: beam search, nucleus sampling, and contrast with a spoilt input.
+"""Decoders that others are compared with: beam search, nucleus sampling, contrast with a spoilt input or early layers.
 
 A decoder is driven by a ``Step``::
 
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mechlab.analysis.metrics import jensen_shannon
 from mechlab.models.generate import restrict
 
 if TYPE_CHECKING:
@@ -47,8 +48,25 @@ def contrast_logits(
       strength: a.
       plausible: tokens with less than this share of the likeliest token's probability are left out, -inf.
     """
-    kept = logits >= logits.max(-1, keepdims=True) + jnp.log(plausible)
-    return jnp.where(kept, (1 + strength) * logits - strength * spoilt, -jnp.inf)
+    return jnp.where(_plausible(logits, plausible), (1 + strength) * logits - strength * spoilt, -jnp.inf)
+
+
+def contrast_layers(
+    logits: Float[Array, "... V"], early: Float[Array, "... J V"], *, plausible: float = 0.1
+) -> Float[Array, "... V"]:
+    """DoLa (Chuang et al. 2023, arXiv 2309.03883): log p - log p_j, j the early layer that differs most from p.
+
+    It has the largest Jensen-Shannon divergence from p.
+
+    Args:
+      logits: of the whole model.
+      early: what it would say after each of J earlier layers.
+      plausible: as in ``contrast_logits``.
+    """
+    layer = jensen_shannon(logits[..., None, :], early).argmax(-1)
+    chosen = jnp.take_along_axis(early, layer[..., None, None], axis=-2)[..., 0, :]
+    grown = jax.nn.log_softmax(logits) - jax.nn.log_softmax(chosen)
+    return jnp.where(_plausible(logits, plausible), grown, -jnp.inf)
 
 
 def contrasted(step: Step, *, strength: float = 1.0, plausible: float = 0.1) -> Step:
@@ -60,6 +78,16 @@ def contrasted(step: Step, *, strength: float = 1.0, plausible: float = 0.1) -> 
         return contrast_logits(logits, spoilt, strength=strength, plausible=plausible), hidden, (clear, noised)
 
     return both
+
+
+def layered(step: Step, early: Callable[[Any], jax.Array], *, plausible: float = 0.1) -> Step:
+    """A step of ``contrast_layers``; ``early(hidden)`` gives the logits (B, J, V) after earlier layers."""
+
+    def contrast(carry: Any, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Any, Any]:
+        logits, hidden, carry = step(carry, tokens, positions)
+        return contrast_layers(logits, early(hidden), plausible=plausible), hidden, carry
+
+    return contrast
 
 
 def sampled(step: Step, key: jax.Array, *, top_p: float = 0.9) -> Step:
@@ -137,3 +165,8 @@ def beam_search(
     tokens, _, lengths, _, _ = jax.lax.fori_loop(0, max_len, write, state)
     # top_k puts the best beam of each text first.
     return Beams(tokens[::width], lengths[::width])
+
+
+def _plausible(logits: jax.Array, share: float) -> jax.Array:
+    """Tokens with at least this share of the likeliest token's probability."""
+    return logits >= logits.max(-1, keepdims=True) + jnp.log(share)

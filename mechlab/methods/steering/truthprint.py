@@ -82,18 +82,26 @@ class Alignment(NamedTuple):
 # The detector.
 
 
-def balanced(key: jax.Array, labels: Bool[ArrayLike, " N"]) -> Int[np.ndarray, " M"]:
-    """Rows with as many of either class: all of the rarer one, and a random choice of the other.
+def balanced(key: jax.Array, labels: Bool[ArrayLike, " N"], each: int | None = None) -> Int[np.ndarray, " M"]:
+    """Rows with as many of either class, chosen at random: by default all of the rarer one.
 
     A detector that is trained on them is not calibrated for the true rate.
 
+    Args:
+      key: typed key.
+      labels: (N,).
+      each: rows of a class; a number that several sets have makes their detectors lanes of one ``vmap``.
+
     Raises:
-      ValueError: a single class.
+      ValueError: a single class, or fewer than ``each`` rows of one.
     """
     labels = np.asarray(labels, bool)
     _two_classes("balanced", labels)
     order = np.asarray(jax.random.permutation(key, len(labels)))
-    each = min(labels.sum(), (~labels).sum())
+    rarer = int(min(labels.sum(), (~labels).sum()))
+    each = rarer if each is None else each
+    if not 1 <= each <= rarer:
+        raise ValueError(f"balanced: each must be in 1..{rarer}, the rows of the rarer class, got {each}.")
     return np.sort(np.concatenate([order[labels[order]][:each], order[~labels[order]][:each]]))
 
 

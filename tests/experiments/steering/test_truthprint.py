@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from experiments.steering import _truthprint_lab as lab_module
-from experiments.steering._truthprint_measures import within_word, word_prior
+from experiments.steering._truthprint_measures import (
+    first_mentions,
+    match_rate,
+    preceding_minimum,
+    within_word,
+    word_prior,
+)
 from experiments.steering.truthprint import CLAIMS, PRESETS, Config, run
 from mechlab.data.worlds import shelves as world
 from mechlab.models.captioner import captioner, look
@@ -33,6 +39,8 @@ def test_smoke_run_measures_what_it_says(result):
         100 * (1 - metrics["chair_i/truthprint"].value / metrics["chair_i/greedy"].value), abs=1e-3
     )
     assert {claim.id: claim.status for claim in result.claims}["beats_controls"] == "not_judged"
+    # Aligning with itself changes nothing but the coordinates, and the rank is one of the model.
+    assert 1 <= metrics["transfer/k"].value <= PRESETS["smoke"].width
     assert {"roc", "trade_off", "transfer", "spaces", "pmc", "depth"} <= set(result.figures)
 
 
@@ -66,6 +74,20 @@ def test_reading_token_by_token_gives_the_states_of_a_whole_forward_also_after_g
     np.testing.assert_array_equal(idle.k, cache.k)
 
 
+def test_states_come_one_token_early_and_do_not_know_the_word():
+    model, params = tiny()
+    images = {"unseen": jnp.ones((1, 14, 14))}
+    read = lab_module.state_reader(lab_module.Lab(PRESETS["smoke"], model, None, images, {}))
+    batch = {"items": jnp.zeros((1, 9), int), "contrast": jnp.ones((1, 9)), "seed": jnp.zeros(1, int)}
+    tokens = np.full((1, lab_module.T), 4)
+    other = tokens.copy()
+    other[0, 6] = 9
+    before, after = (np.asarray(read(params, batch, jnp.asarray(text))) for text in (tokens, other))
+    # What predicts token 6 is the same; what has read it is not.
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert np.abs(before[:, 7] - after[:, 7]).max() > 1e-4
+
+
 def test_images_of_another_size_are_refused():
     model, params = tiny()
     with pytest.raises(ValueError, match=r"\(B, 42, 42, 1\), got float32\(2, 28, 28, 1\)"):
@@ -95,6 +117,30 @@ def test_word_priors_and_auroc_within_words():
     assert within_word(np.ones(2), np.array([True, True]), np.array([8, 8])) is None
 
 
+def test_mentions_are_cut_to_the_shortest_seed_and_know_what_precedes_them():
+    three, seven, end = (world.tokenizer.ids[word] for word in ("three", "seven", "."))
+    tokens = np.array([[three, 4, seven, end], [three, three, end, seven]])
+    confidence = np.array([[0.9, 0.2, 0.8, 0.7], [0.5, 0.6, 0.1, 0.4]])
+    truth = np.zeros((2, 10), bool)
+    truth[0, 3] = truth[1, 7] = True
+    captions = lab_module.Captions(tokens, confidence, np.arange(2 * 4 * 2 * 3).reshape(2, 4, 2, 3), truth)
+    one = first_mentions(captions, 1)
+    assert one.words.tolist() == [[three, seven, three, seven]] and one.false.tolist() == [[False, True, True, False]]
+    assert one.at.tolist() == [[0, 2, 0, 3]] and one.rows.tolist() == [[0, 0, 1, 1]]
+    np.testing.assert_array_equal(one.states[0, 1], captions.states[0, 2])
+    np.testing.assert_array_equal(preceding_minimum(captions, one), [[np.nan, 0.2, np.nan, np.nan]])
+    two = first_mentions(captions, 2)
+    assert two.rows.tolist() == [[0, 0], [1, 1]]
+    captions = captions._replace(tokens=np.array([[three, 4, 4, end], [three, three, end, seven]]))
+    assert first_mentions(captions, 2).words.tolist() == [[three], [three]]
+
+
+def test_a_rate_is_found_that_gives_the_wanted_rollbacks():
+    assert match_rate(lambda rate: 4 * rate**1.2, 0.05, 0.5, 6) == pytest.approx((0.5 / 4) ** (1 / 1.2), rel=0.05)
+    assert match_rate(lambda rate: 2 * rate, 0.1, 0.3, 1) == 0.1
+    assert match_rate(lambda rate: 0.0, 0.3, 0.0, 2) == 0.3
+
+
 def test_claims_hold_and_fail_by_their_numbers():
     def status(**change):
         good = {
@@ -111,6 +157,8 @@ def test_claims_hold_and_fail_by_their_numbers():
             "over/random": 1.0,
             "over/confidence": 1.0,
             "over/immediate": 1.0,
+            "gate/recall": 70.0,
+            "gate/chair_i": 15.0,
         }
         numbers = good | {name.replace("__", "/"): value for name, value in change.items()}
         metrics = {name: Metric(value=v, ci95=(v - 0.5, v + 0.5)) for name, v in numbers.items()}
@@ -127,10 +175,14 @@ def test_claims_hold_and_fail_by_their_numbers():
         ("low_confidence_before", {"pmc__truthful": 0.05}),
     ):
         assert status(**change)[name] == "fails", (name, change)
+    for change in ({"gate__recall": 50.0}, {"gate__chair_i": 5.0}, {"gate__chair_i": 40.0}):
+        assert set(status(**change).values()) == {"not_judged"}, change
 
 
 def test_bad_configurations_are_refused():
     with pytest.raises(ValueError, match="decoders"):
         Config(decoders=("greedy",))
-    with pytest.raises(ValueError, match="multiple of 16"):
+    with pytest.raises(ValueError, match="multiples of 16"):
         Config(width=50)
+    with pytest.raises(ValueError, match="multiples of chunk=300"):
+        Config(test=50)

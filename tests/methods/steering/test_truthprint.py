@@ -8,13 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
 from mechlab.analysis.metrics import auroc
 from mechlab.analysis.subspaces import principal_cosines
 from mechlab.methods.steering import rollback
 from mechlab.methods.steering import truthprint as tp
-from mechlab.methods.steering.decoding import IDLE, beam_search, contrast_logits, contrasted, sampled
+from mechlab.methods.steering.decoding import (
+    IDLE,
+    beam_search,
+    contrast_layers,
+    contrast_logits,
+    contrasted,
+    layered,
+    sampled,
+)
 
 VECTORS = np.load(Path(__file__).parents[2] / "vectors" / "14-truthprint.npz")
 OBJECTS = VECTORS["objects"].tolist()
@@ -99,6 +109,63 @@ def _removed(found):
     trace = np.asarray(found.trace)
     used = trace[..., 0] >= 0
     return (used * (1 + trace[..., 0] - trace[..., 1])).sum(1)
+
+
+@jax.jit
+def decode_random(table, det, tau):
+    """A language model that knows the last token only; its detector likewise."""
+    return rollback.guarded_decode(
+        lambda carry, tokens, positions: (table[tokens], det[tokens], carry),
+        (),
+        table_score,
+        batch=1,
+        vocabulary=V,
+        objects=OBJECTS,
+        start=V - 1,
+        sentence_end=END,
+        eos=EOS,
+        tau=tau,
+        max_len=T,
+        n_max=3,
+    )
+
+
+def by_hand(table, det, tau, n_max=3):
+    """The loop of the paper as a list program."""
+    text, confidence, start, count, bans, trace = [], [], 0, 0, {}, []
+    for forwards in range(1, 8 * T + 1):
+        t, before = len(text), text[-1] if text else V - 1
+        p = np.exp(table[before] - table[before].max())
+        p /= p.sum()
+        v = max((w for w in range(V) if w not in bans.get(t, ())), key=lambda w: table[before, w])
+        if v in OBJECTS and det[before, v] >= tau and count < n_max:
+            count += 1
+            back = start + int(np.argmin(confidence[start:])) if t > start else t
+            bad = text[back] if back < t else v
+            trace.append((t, back, bad))
+            text, confidence = text[:back], confidence[:back]
+            bans = {i: banned for i, banned in bans.items() if i <= back}
+            bans[back] = bans.get(back, set()) | {bad}
+            continue
+        text.append(v)
+        confidence.append(p[v])
+        if v == END:
+            start, count, bans = t + 1, 0, {}
+        if v == EOS or len(text) == T:
+            break
+    return text, confidence, trace, forwards
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(0.0, 1.0, width=32))
+def test_decoding_is_the_list_program_on_any_model(seed, tau):
+    rng = np.random.default_rng(seed)
+    table, det = rng.normal(size=(V, V)).astype(np.float32), rng.uniform(size=(V, V)).astype(np.float32)
+    found = decode_random(table, det, tau)
+    text, confidence, trace, forwards = by_hand(table, det, tau)
+    assert found.tokens[0, : len(text)].tolist() == text and int(found.lengths[0]) == len(text)
+    assert found.trace[0, : len(trace)].tolist() == [list(step) for step in trace]
+    assert int(found.interventions[0]) == len(trace) and int(found.forwards[0]) == forwards
+    np.testing.assert_allclose(found.confidence[0, : len(text)], confidence, rtol=1e-4)
 
 
 def test_a_budget_cuts_short_and_says_so():
@@ -239,6 +306,9 @@ def test_balancing_keeps_the_rarer_class_whole():
     labels = np.arange(10) < 3
     rows = tp.balanced(jax.random.key(0), labels)
     assert sorted(labels[rows]) == [False] * 3 + [True] * 3 and len(set(rows)) == 6
+    assert labels[tp.balanced(jax.random.key(0), labels, 2)].tolist().count(True) == 2
+    with pytest.raises(ValueError, match=r"1\.\.3"):
+        tp.balanced(jax.random.key(0), labels, 4)
 
 
 def test_thresholds_flag_at_most_what_was_asked():
@@ -300,6 +370,14 @@ def test_contrast_is_closed_form_and_sampling_stays_in_the_nucleus():
     assert found[2] == -jnp.inf and int(found.argmax()) == 1
     pair = contrasted(lambda c, t, p: (c, c, c), strength=0.0)((logits[None], spoilt[None]), jnp.zeros(1), jnp.zeros(1))
     np.testing.assert_allclose(pair[0][0, :2], logits[:2], rtol=1e-6)
+    early = jnp.stack([logits, spoilt])
+    # The first early layer says the same as the last, so the contrast is with the other.
+    grown = contrast_layers(logits, early)
+    np.testing.assert_allclose(grown[:2], (logits - spoilt)[:2], rtol=1e-5)
+    assert grown[2] == -jnp.inf
+    np.testing.assert_allclose(contrast_layers(logits, early[:1])[:2], 0, atol=1e-6)
+    step = layered(lambda c, t, p: (c, c, c), lambda hidden: jnp.stack([hidden, spoilt[None]], 1))
+    np.testing.assert_array_equal(step(logits[None], jnp.zeros(1), jnp.zeros(1))[0][0], grown)
     draws = [
         int(
             sampled(lambda c, t, p: (c, c, c), jax.random.key(s), top_p=0.9)(

@@ -134,9 +134,12 @@ def carry_over(
             )
             for name, (x, _) in targets.items()
         }
-    for way, of_targets in scores.items():
-        for name, values in of_targets.items():
-            metrics[f"transfer/{way}/{name}"] = per_seed(jax.vmap(auroc)(values, targets[name][1]), "AUROC")
+    areas = {
+        (way, name): np.asarray(jax.vmap(auroc)(values, targets[name][1]))
+        for way, of_targets in scores.items()
+        for name, values in of_targets.items()
+    }
+    metrics |= {f"transfer/{way}/{name}": per_seed(area, "AUROC") for (way, name), area in areas.items()}
     metrics["transfer/k"] = Metric(value=best, unit="directions")
     # Mentions drawn again, in every pair and seed apart; both ways see the same draw.
     draws = [
@@ -150,12 +153,9 @@ def carry_over(
         for s in range(config.seeds)
     ]
     low, high = np.quantile(np.mean([one[0] - one[1] for one in draws], 0), [0.025, 0.975])
-    gains = [
-        np.subtract(metrics[f"transfer/aligned/{name}"].per_seed, metrics[f"transfer/plain/{name}"].per_seed)
-        for name in RELATED
-    ]
+    gains = np.mean([areas["aligned", name] - areas["plain", name] for name in RELATED], 0)
     metrics["transfer/gain"] = Metric(
-        value=float(np.mean(gains)), ci95=(low, high), n=len(draws), unit="AUROC", per_seed=tuple(np.mean(gains, 0))
+        value=gains.mean(), ci95=(low, high), n=len(draws), unit="AUROC", per_seed=tuple(gains)
     )
     x, y = targets["cross_lineage"][0][0], targets["cross_lineage"][1][0]
     seen["spaces"] = pair_rows(tp.comnhallu(source[0], x, best), source[0], train.false[0], x, y)

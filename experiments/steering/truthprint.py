@@ -196,7 +196,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     guard(stream(key, "guard"), lab, sets, detectors, decode, metrics, seen, log)
     log.say("transfer")
     others = {name: told(*target, "test", config.transfer, "other") for name, target in TARGETS.items()}
-    carry_over(stream(key, "transfer"), lab, sets, others, detectors, metrics, seen)
+    # The same key: the aligned detectors are trained on the same mentions.
+    carry_over(stream(key, "detectors"), lab, sets, others, detectors, metrics, seen)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=draw.all_figures(metrics, seen))
 
 

@@ -132,8 +132,9 @@ def decode_random(table, det, tau):
 
 def by_hand(table, det, tau, n_max=3):
     """The loop of the paper as a list program."""
-    text, confidence, start, count, bans, trace = [], [], 0, 0, {}, []
-    for forwards in range(1, 8 * T + 1):
+    text, confidence, start, count, bans, trace, forwards = [], [], 0, 0, {}, [], 0
+    while forwards < 8 * T:
+        forwards += 1
         t, before = len(text), text[-1] if text else V - 1
         p = np.exp(table[before] - table[before].max())
         p /= p.sum()

@@ -226,6 +226,7 @@ def guard(
         return [tp.threshold_at_fpr(probs[seed], dev.mentions.false[seed], fpr) for seed in seeds]
 
     tau = at_fpr(config.fpr)
+    on_dev = [float(text("truthprint", dev, seed, tau[seed]).interventions.mean()) for seed in seeds]
 
     def control(name: str, seed: int) -> float:
         """The threshold of another detector with which decoding goes back on dev as often as with G."""
@@ -236,9 +237,8 @@ def guard(
         def rollbacks(rate: float) -> float:
             return float(text(name, dev, seed, threshold(rate)).interventions.mean())
 
-        wanted = float(text("truthprint", dev, seed, tau[seed]).interventions.mean())
         flagged = float((probs[seed] >= tau[seed]).mean())
-        return threshold(match_rate(rollbacks, flagged, wanted, config.matches))
+        return threshold(match_rate(rollbacks, flagged, on_dev[seed], config.matches))
 
     for name in config.decoders:
         log.say(f"decoding: {name}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,23 @@ from experiments.steering._truthprint_measures import (
     within_word,
     word_prior,
 )
-from mechlab.analysis.intervals import resampled_auroc
 from mechlab.analysis.metrics import auroc, tpr_at_fpr
 from mechlab.core.rng import stream
 from mechlab.methods.steering import truthprint as tp
 from mechlab.reporting.results import Metric
 
-if TYPE_CHECKING:
-    from experiments.steering.truthprint import Config
+FPRS = (0.01, 0.05, 0.1)
 
 RELATED = ("cross_data", "cross_lineage", "cross_both")
 """Targets for which the paper says that the detector transfers."""
 
 
-def fit_lanes(key: jax.Array, x: Any, y: Any, dev_x: Any, dev_y: Any, config: Config) -> tp.Detector:
-    """A detector of every seed, in one program: x (S, N, D); or after every block too, x (S, N, L, D)."""
-    keys = jax.vmap(lambda seed: stream(key, seed))(jnp.arange(len(x)))
-
-    def fit(key: jax.Array, x: jax.Array, y: jax.Array, dev_x: jax.Array, dev_y: jax.Array) -> tp.Detector:
-        return tp.fit_detector(key, x, y, dev_x, dev_y, hidden=config.hidden, epochs=config.epochs)
-
-    every = jax.vmap(fit, in_axes=(None, 1, None, 1, None)) if np.ndim(x) == 4 else fit
-    return jax.vmap(every)(keys, *map(jnp.asarray, (x, y, dev_x, dev_y)))
+@partial(jax.jit, static_argnames=("hidden", "epochs"))
+def fit_lanes(
+    keys: jax.Array, x: Any, y: Any, dev_x: Any, dev_y: Any, *, hidden: tuple[int, ...], epochs: int
+) -> tp.Detector:
+    """A detector of every seed, x (S, N, D)."""
+    return jax.vmap(partial(tp.fit_detector, hidden=hidden, epochs=epochs))(keys, x, y, dev_x, dev_y)
 
 
 def balanced_rows(key: jax.Array, told: Told) -> np.ndarray:
@@ -62,23 +57,35 @@ def detect(
     train, dev, test = (sets[use].mentions for use in ("detect", "dev", "test"))
     rows = balanced_rows(key, sets["detect"])
     x, y = taken(train.states, rows), taken(train.false, rows)
-    every = fit_lanes(stream(key, "fit"), x, y, dev.states, dev.false, config)
-    logits = np.asarray(jax.vmap(jax.vmap(tp.detector_logit, in_axes=(0, 1)))(every, jnp.asarray(test.states)))
-    scores = logits[:, lab.layer]
-    area = jax.vmap(auroc)
+    keys = jnp.stack([stream(key, "fit", seed) for seed in range(config.seeds)])
+    every = [
+        fit_lanes(
+            keys,
+            x[:, :, block],
+            y,
+            dev.states[:, :, block],
+            dev.false,
+            hidden=config.hidden,
+            epochs=config.epochs,
+        )
+        for block in range(config.text_layers)
+    ]
+    logits = [np.asarray(_logits(one, test.states[:, :, block])) for block, one in enumerate(every)]
+    scores = logits[lab.layer]
+    prior = np.stack(
+        [word_prior(*one)[words] for *one, words in zip(train.words, train.false, test.words, strict=True)]
+    )
+    areas, tprs = _quality(np.stack([*logits, -test.confidence, prior]), test.false)
+    depth = np.asarray(areas[: config.text_layers]).T
 
     def note(name: str, values: Any, unit: str = "") -> None:
         metrics[name] = per_seed(values, unit)
 
-    note("detector/auroc", area(scores, test.false))
-    for fpr in (1, 5, 10):
-        note(f"detector/tpr_{fpr}", jax.vmap(partial(tpr_at_fpr, fpr=fpr / 100))(scores, test.false))
-    prior = np.stack(
-        [word_prior(*one)[words] for *one, words in zip(train.words, train.false, test.words, strict=True)]
-    )
-    note("detector/auroc_confidence", area(-test.confidence, test.false))
-    note("detector/auroc_word", area(prior, test.false))
-    depth = np.asarray(jax.vmap(area, in_axes=(1, None), out_axes=1)(logits, test.false))
+    note("detector/auroc", depth[:, lab.layer])
+    for fpr, values in zip(FPRS, tprs[lab.layer].T, strict=True):
+        note(f"detector/tpr_{100 * fpr:g}", values)
+    note("detector/auroc_confidence", areas[-2])
+    note("detector/auroc_word", areas[-1])
     for block in range(config.text_layers):
         note(f"depth/{block + 1}", depth[:, block], "AUROC")
     inside = [within_word(*one) for one in zip(scores, test.false, test.words, strict=True)]
@@ -92,8 +99,7 @@ def detect(
         note(f"pmc/{name}", np.nanmean(np.where(chosen, least, np.nan), 1), "probability")
     kept = np.isfinite(least)
     pmc = {name: least[chosen & kept] for name, chosen in groups.items()}
-    here = jax.tree.map(lambda leaf: leaf[:, lab.layer], every)
-    return here, {"scores": scores, "labels": test.false, "depth": depth, "pmc": pmc}
+    return every[lab.layer], {"scores": scores, "labels": test.false, "depth": depth, "pmc": pmc}
 
 
 def carry_over(
@@ -112,56 +118,80 @@ def carry_over(
     source, dev_x = train.states[:, :, block], dev.states[:, :, block]
     # As many mentions of every target: one program for all.
     size = min(other.mentions.false.shape[1] for other in others.values())
-    targets = {n: (o.mentions.states[:, :size, block], o.mentions.false[:, :size]) for n, o in others.items()}
-    plain = {
-        name: np.asarray(jax.vmap(tp.detector_logit)(detectors, jnp.asarray(x))) for name, (x, _) in targets.items()
+    states = {name: other.mentions.states[:, :size, block] for name, other in others.items()}
+    false = {name: other.mentions.false[:, :size] for name, other in others.items()}
+    whole = min(source.shape[1] - 1, size - 1, config.width)
+    maps = {
+        name: [jax.tree.map(np.asarray, _align(*pair, whole)) for pair in zip(source, x, strict=True)]
+        for name, x in states.items()
     }
-    scores = {"plain": plain}
-    best = tp.choose_k(source[0])
+    own = maps["cross_data"]
+    best = tp.choose_k(own[0].source_variance)
+    keys = jnp.stack([stream(key, "fit", seed) for seed in range(config.seeds)])
+    scores = {("plain", name): _logits(detectors, x) for name, x in states.items()}
     for k in (best, *config.ks):
-        maps = [tp.comnhallu(x, x, k) for x in source]
-        z = np.stack([np.asarray(one.source(jnp.asarray(x))) for one, x in zip(maps, source, strict=True)])
-        dev_z = np.stack([np.asarray(one.source(jnp.asarray(x))) for one, x in zip(maps, dev_x, strict=True)])
+
+        def coordinates(way: str, of: list[tp.Alignment], x: np.ndarray, k: int = k) -> np.ndarray:
+            """(S, n, D), zeros behind the k coordinates: detectors of all ranks are trained by one program."""
+            z = np.stack([getattr(one.leading(k), way)(mine) for one, mine in zip(of, x, strict=True)])
+            return np.pad(z, ((0, 0), (0, 0), (0, config.width - k))).astype(np.float32)
+
         fitted = fit_lanes(
-            stream(key, "aligned", k), taken(z, rows), taken(train.false, rows), dev_z, dev.false, config
+            keys,
+            taken(coordinates("source", own, source), rows),
+            taken(train.false, rows),
+            coordinates("source", own, dev_x),
+            dev.false,
+            hidden=config.hidden,
+            epochs=config.epochs,
         )
-        scores["aligned" if k == best else f"k_{k}"] = {
-            name: np.stack(
-                [
-                    _aligned(jax.tree.map(lambda leaf, s=s: leaf[s], fitted), source[s], x[s], k)
-                    for s in range(config.seeds)
-                ]
-            )
-            for name, (x, _) in targets.items()
-        }
-    areas = {
-        (way, name): np.asarray(jax.vmap(auroc)(values, targets[name][1]))
-        for way, of_targets in scores.items()
-        for name, values in of_targets.items()
-    }
+        way = "aligned" if k == best else f"k_{k}"
+        scores |= {(way, name): _logits(fitted, coordinates("target", maps[name], x)) for name, x in states.items()}
+    areas = {cell: np.asarray(_areas(values, false[cell[1]])) for cell, values in scores.items()}
     metrics |= {f"transfer/{way}/{name}": per_seed(area, "AUROC") for (way, name), area in areas.items()}
     metrics["transfer/k"] = Metric(value=best, unit="directions")
-    # Mentions drawn again, in every pair and seed apart; both ways see the same draw.
-    draws = [
-        resampled_auroc(
-            stream(key, "bootstrap", name, s),
-            np.stack([scores[way][name][s] for way in ("aligned", "plain")]),
-            targets[name][1][s],
-            resamples=500,
+
+    # The interval draws mentions again, in every target and seed apart, the same for both ways.
+    def gain(values: np.ndarray) -> np.ndarray:
+        return np.mean([values["aligned", name] - values["plain", name] for name in RELATED], 0)
+
+    draws = {
+        (way, name): np.stack(
+            [
+                _drawn_areas(stream(key, "bootstrap", name, seed), np.asarray(scores[way, name][seed]), labels)
+                for seed, labels in enumerate(false[name])
+            ]
         )
+        for way in ("aligned", "plain")
         for name in RELATED
-        for s in range(config.seeds)
-    ]
-    low, high = np.quantile(np.mean([one[0] - one[1] for one in draws], 0), [0.025, 0.975])
-    gains = np.mean([areas["aligned", name] - areas["plain", name] for name in RELATED], 0)
-    metrics["transfer/gain"] = Metric(
-        value=gains.mean(), ci95=(low, high), n=len(draws), unit="AUROC", per_seed=tuple(gains)
-    )
-    x, y = targets["cross_lineage"][0][0], targets["cross_lineage"][1][0]
-    seen["spaces"] = pair_rows(tp.comnhallu(source[0], x, best), source[0], train.false[0], x, y)
+    }
+    low, high = np.quantile(gain(draws).mean(0), [0.025, 0.975])
+    gains = gain(areas)
+    metrics["transfer/gain"] = Metric(value=gains.mean(), ci95=(low, high), n=size, unit="AUROC", per_seed=tuple(gains))
+    x, labels = states["cross_lineage"][0], false["cross_lineage"][0]
+    shown = maps["cross_lineage"][0].leading(best)
+    seen["spaces"] = pair_rows(shown, source[0], train.false[0], x, labels)
 
 
-@partial(jax.jit, static_argnames="k")
-def _aligned(detector: tp.Detector, x_s: jax.Array, x_t: jax.Array, k: int) -> jax.Array:
-    """Logits of target states by a detector of aligned ones."""
-    return tp.detector_logit(detector, tp.comnhallu(x_s, x_t, k).target(x_t))
+_logits = jax.jit(jax.vmap(tp.detector_logit))
+_areas = jax.jit(jax.vmap(auroc))
+_align = jax.jit(tp.comnhallu, static_argnums=2)
+
+
+@jax.jit
+def _quality(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """AUROC (K, S) and TPR at every FPR (K, S, F) of K scores (K, S, n), labels (S, n)."""
+
+    def one(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return auroc(scores, labels), jnp.stack([tpr_at_fpr(scores, labels, fpr) for fpr in FPRS])
+
+    return jax.vmap(jax.vmap(one), in_axes=(0, None))(scores, labels)
+
+
+def _drawn_areas(key: jax.Array, scores: np.ndarray, labels: np.ndarray, resamples: int = 500) -> np.ndarray:
+    """(R,) AUROC of mentions drawn again within each class. NumPy: every number of mentions would be a program."""
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    high, low = scores[labels], scores[~labels]
+    wins = (high[:, None] > low) + 0.5 * (high[:, None] == low)
+    times = [rng.multinomial(len(side), np.full(len(side), 1 / len(side)), resamples) for side in (high, low)]
+    return ((times[0] @ wins) * times[1]).sum(1) / wins.size

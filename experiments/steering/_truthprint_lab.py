@@ -56,21 +56,19 @@ Decode = Callable[..., rollback.Decoded]
 
 
 class Lab(NamedTuple):
-    """Trained captioners and what their pictures are made of.
+    """Trained captioners and what pictures are made of.
 
     Attributes:
       config: of the run.
       model: the captioner.
       params: its parameters; leaves lead with axis 3: ``MODELS``.
-      images: objects of both domains, domain 0's first, "train" and "unseen".
-      domains: the rows of ``images`` that pictures of a part are made of, by domain. The parts "detect", "dev" and
-        "test" share no unseen object.
+      domains: the objects of pictures of each part, by domain: "train", and "detect", "dev" and "test", which share
+        none with it or with each other.
     """
 
     config: Config
     model: Captioner
     params: Any
-    images: dict[str, jax.Array]
     domains: dict[str, tuple[world.Bank, world.Bank]]
 
     @property
@@ -104,10 +102,6 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
             unseen_0._replace(rows=unseen_0.rows[:, rows]),
             unseen_1._replace(rows=unseen_1.rows[:, rows]),
         )
-    images = {
-        "train": jnp.concatenate([train_0.images, train_1.images]),
-        "unseen": jnp.concatenate([unseen_0.images, unseen_1.images]),
-    }
     sizes: dict[str, Any] = {"width": config.width, "heads": config.width // 16, "hidden": 3 * config.width}
     sizes["init_std"] = None
     side = (world.SIDE, world.SIDE)
@@ -115,7 +109,7 @@ def prepare(key: jax.Array, config: Config, log: Log) -> Lab:
         ViTConfig(image=side, patch=world.CELL, channels=1, layers=config.image_layers, **sizes),
         llama(vocabulary=V, layers=config.text_layers, context=64, rope_theta=100.0, **sizes),
     )
-    lab = Lab(config, model, None, images, domains)
+    lab = Lab(config, model, None, domains)
     return lab._replace(params=train_captioners(stream(key, "training"), lab, log))
 
 
@@ -129,13 +123,15 @@ def train_captioners(key: jax.Array, lab: Lab, log: Log) -> Any:
     starts = jax.vmap(lambda i: model.init(stream(key, "init", i)))(jnp.arange(len(MODELS)))
 
     def train(params: Any, data: Any, loss: Callable[..., Any], steps: int, name: str) -> Any:
+        if not steps:
+            return params
         rate = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 10, steps)
         optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
         def build(lane: Any) -> Job:
             return Job(loss, lane["params"], optimiser, shuffled(lane["data"], config.batch))
 
-        keys = jax.vmap(lambda i: stream(key, name, i))(jnp.arange(len(data["seed"])))
+        keys = jax.vmap(lambda i: stream(key, name, i))(jnp.arange(len(data["cells"])))
         return fit_many(keys, {"params": params, "data": data}, build, steps=steps, log=log, name=name).params
 
     def ahead(tokens: jax.Array) -> jax.Array:
@@ -157,49 +153,33 @@ def train_captioners(key: jax.Array, lab: Lab, log: Log) -> Any:
     text = jax.tree.map(lambda leaf: leaf[family], text)
 
     # Encoders learn which noun stands in each cell, as those of LVLMs come pretrained.
-    nouns = jnp.concatenate([labels_of(bank) + d * world.CLASSES for d, bank in enumerate(lab.domains["train"])])
-    empty = 2 * world.CLASSES
-
     def eye_loss(params: Any, batch: Any) -> jax.Array:
-        seen = look(model, params["vision"], pixels(lab, batch, "train"))[:, 1:]
-        wanted = jnp.where(batch["items"] >= 0, nouns[batch["items"]], empty)
-        return optax.softmax_cross_entropy_with_integer_labels(seen @ params["head"], wanted).mean()
+        seen = look(model, params["vision"], batch["pixels"])[:, 1:]
+        return optax.softmax_cross_entropy_with_integer_labels(seen @ params["head"], batch["cells"]).mean()
 
-    head = 0.05 * jax.random.normal(stream(key, "head"), (len(MODELS), config.width, empty + 1))
+    head = jnp.zeros((len(MODELS), config.width, 2 * world.CLASSES + 1))
     eyes = train({"vision": starts["vision"], "head": head}, data, eye_loss, config.eye_steps, "encoders")
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        prefix = look(model, params["vision"], pixels(lab, batch, "train"))
+        prefix = look(model, params["vision"], batch["pixels"])
         tokens = batch["captions"]
         return caption_loss(model.prefixed.apply({"params": params["text"]}, prefix, ahead(tokens)), tokens)
 
     return train({"vision": eyes["vision"], "text": text}, data, loss, config.steps, "captioners")
 
 
-def labels_of(bank: world.Bank) -> jax.Array:
-    """The class of every image of a bank (0 for the few that no row uses)."""
-    classes = jnp.broadcast_to(jnp.arange(world.CLASSES)[:, None], bank.rows.shape)
-    return jnp.zeros(len(bank.images), jnp.int32).at[bank.rows].set(classes)
-
-
 def pictures(key: jax.Array, lab: Lab, n: int, part: str, domain: int, mix: Any = MIXES[0]) -> dict[str, np.ndarray]:
-    """Pictures of one domain; items are rows of ``lab.images``."""
-    banks = lab.domains[part]
-    drawn = world.shelves(key, banks[domain], n, domain=domain, lowest=lab.config.lowest, theme_mix=mix)
-    offset = domain * len(banks[0].images)
-    return drawn._replace(items=np.where(drawn.items >= 0, drawn.items + offset, -1))._asdict()
+    """Pictures of one domain; ``cells`` (N, 9) are its nouns, of the 20 of both domains, or 20 for empty ones."""
+    bank = lab.domains[part][domain]
+    drawn = world.shelves(key, bank, n, domain=domain, lowest=lab.config.lowest, theme_mix=mix)
+    nouns = np.where(drawn.cells >= 0, drawn.cells + domain * world.CLASSES, 2 * world.CLASSES)
+    return drawn._replace(cells=nouns)._asdict()
 
 
 def both(key: jax.Array, lab: Lab, n: int, mix: Any) -> dict[str, np.ndarray]:
     """Training pictures, half of them from each domain."""
     halves = [pictures(stream(key, domain), lab, n // 2, "train", domain, mix) for domain in (0, 1)]
     return {name: np.concatenate([half[name] for half in halves]) for name in halves[0]}
-
-
-def pixels(lab: Lab, batch: Any, images: str) -> jax.Array:
-    """The pictures of a batch, of "train" or "unseen" objects."""
-    bank = world.Bank(lab.images[images], jnp.zeros((0, 0), jnp.int32))
-    return world.render(bank, batch["items"], batch["contrast"], batch["seed"])
 
 
 def text_step(model: Captioner, params: Any) -> Step:
@@ -222,16 +202,15 @@ def image_cache(model: Captioner, params: Any, seen: jax.Array) -> Any:
 
 
 def decoders(lab: Lab) -> Decode:
-    """``decode(name, params, batch, detector, tau, key)``: one program for all thresholds, detectors and captioners.
+    """``decode(name, params, pixels, detector, tau, key)``: one program for all thresholds, detectors and captioners.
 
     Names: "greedy", "beam", those of ``UNGUARDED``, "truthprint", and its ablations in ``RULES`` and ``SCORES``.
     Greedy decoding is the program of TruthPrInt with the threshold ``NEVER``.
     """
     model, config = lab.model, lab.config
 
-    def read(params: Any, batch: Any, kind: str, key: jax.Array) -> tuple[Step, Any]:
+    def read(params: Any, seen: jax.Array, kind: str, key: jax.Array) -> tuple[Step, Any]:
         """A step, and its carry with the pictures read."""
-        seen = pixels(lab, batch, "unseen")
         step, cache = text_step(model, params), image_cache(model, params, seen)
         if kind == "nucleus":
             return sampled(step, key), cache
@@ -245,9 +224,9 @@ def decoders(lab: Lab) -> Decode:
 
     @partial(jax.jit, static_argnames="kind")
     def guarded(
-        params: Any, batch: Any, detector: tp.Detector, mix: jax.Array, tau: Any, key: jax.Array, kind: str
+        params: Any, seen: jax.Array, detector: tp.Detector, mix: jax.Array, tau: Any, key: jax.Array, kind: str
     ) -> rollback.Decoded:
-        step, carry = read(params, batch, kind, stream(key, "step"))
+        step, carry = read(params, seen, kind, stream(key, "step"))
         draws = stream(key, "draws")
 
         def draw(row: jax.Array, n: jax.Array) -> jax.Array:
@@ -263,7 +242,7 @@ def decoders(lab: Lab) -> Decode:
             step,
             carry,
             score,
-            batch=len(batch["seed"]),
+            batch=len(seen),
             vocabulary=V,
             objects=world.OBJECT_IDS,
             start=BOS,
@@ -278,9 +257,9 @@ def decoders(lab: Lab) -> Decode:
         )
 
     @jax.jit
-    def beams(params: Any, batch: Any) -> rollback.Decoded:
-        step, cache = read(params, batch, "beam", jax.random.key(0))
-        size, width = len(batch["seed"]), config.beams
+    def beams(params: Any, seen: jax.Array) -> rollback.Decoded:
+        step, cache = read(params, seen, "beam", jax.random.key(0))
+        size, width = len(seen), config.beams
 
         def reorder(cache: Any, rows: jax.Array) -> Any:
             return jax.tree.map(lambda x: x[:, rows], cache)
@@ -300,13 +279,13 @@ def decoders(lab: Lab) -> Decode:
         return rollback.Decoded(found.tokens, found.lengths, *nothing, none + width * T, none == 0)
 
     def decode(
-        name: str, params: Any, batch: Any, detector: tp.Detector, tau: float, key: jax.Array
+        name: str, params: Any, seen: Any, detector: tp.Detector, tau: float, key: jax.Array
     ) -> rollback.Decoded:
         if name == "beam":
-            return beams(params, batch)
+            return beams(params, seen)
         kind = name if name in UNGUARDED or name in RULES else "min_conf"
         mix = jax.nn.one_hot(SCORES.get(name, 0), 3)
-        return guarded(params, batch, detector, mix, tau, key, kind=kind)
+        return guarded(params, seen, detector, mix, tau, key, kind=kind)
 
     return decode
 
@@ -315,19 +294,19 @@ def captions(lab: Lab, params: Any, data: dict[str, np.ndarray], decode: Decode,
     """Greedy captions in chunks, then the states that predicted each token, from one forward over the whole text."""
     found: list[Any] = []
     nobody, key = no_detector(lab), jax.random.key(0)
-    for at in range(0, len(data["items"]), lab.config.chunk):
-        batch = {name: jnp.asarray(data[name][at : at + lab.config.chunk]) for name in ("items", "contrast", "seed")}
-        out = decode("greedy", params, batch, nobody, NEVER, key)
-        found.append(jax.tree.map(np.asarray, (out.tokens, out.confidence, states(params, batch, out.tokens))))
+    for at in range(0, len(data["pixels"]), lab.config.chunk):
+        seen = data["pixels"][at : at + lab.config.chunk]
+        out = decode("greedy", params, seen, nobody, NEVER, key)
+        found.append(jax.tree.map(np.asarray, (out.tokens, out.confidence, states(params, seen, out.tokens))))
     return Captions(*(np.concatenate(part) for part in zip(*found, strict=True)), data["truth"])
 
 
 def state_reader(lab: Lab) -> Callable[..., jax.Array]:
-    """``states(params, batch, tokens)``, (B, T, L, D): the stream at the position that predicts each token."""
+    """``states(params, pixels, tokens)``, (B, T, L, D): the stream at the position that predicts each token."""
 
     @jax.jit
-    def states(params: Any, batch: Any, tokens: jax.Array) -> jax.Array:
-        prefix = look(lab.model, params["vision"], pixels(lab, batch, "unseen"))
+    def states(params: Any, seen: jax.Array, tokens: jax.Array) -> jax.Array:
+        prefix = look(lab.model, params["vision"], seen)
         read = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=BOS)[:, :-1]
         _, acts = lab.model.prefixed.capture({"params": params["text"]}, prefix, read, sites=("resid_post",))
         return jnp.moveaxis(acts["resid_post"][:, :, lab.model.prefix :], 0, 2)

@@ -41,7 +41,7 @@ class Mentions(NamedTuple):
 class Told(NamedTuple):
     """Pictures of all seeds, one seed after the other, a captioner's greedy captions, and what they mention first."""
 
-    data: dict[str, np.ndarray]
+    pixels: np.ndarray
     captions: Captions
     mentions: Mentions
 
@@ -51,9 +51,6 @@ class Told(NamedTuple):
 
     def truth(self, seed: int) -> np.ndarray:
         return self.captions.truth[self.rows(seed)]
-
-    def batch(self, seed: int) -> dict[str, jax.Array]:
-        return {name: jnp.asarray(self.data[name][self.rows(seed)]) for name in ("items", "contrast", "seed")}
 
 
 def first_mentions(captions: Captions, seeds: int) -> Mentions:
@@ -144,8 +141,8 @@ def compare(key: jax.Array, name: str, found: dict[str, list[Chair]]) -> dict[st
 
     arms = [table(decoder) for decoder in (name, "greedy", "truthprint")]
     size = arms[0].shape[-1]
-    drawn = np.asarray(jax.random.randint(key, (1000, size), 0, size))
-    times = np.stack([np.bincount(rows, minlength=size) for rows in drawn])  # (R, N)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    times = rng.multinomial(size, np.full(size, 1 / size), 1000)  # (R, N)
     once = [arm.sum(-1)[:, None] for arm in arms]  # (S, 1, 4)
     again = [np.einsum("rn,sfn->srf", times, arm) for arm in arms]  # (S, R, 4)
 

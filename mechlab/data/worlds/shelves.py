@@ -6,7 +6,8 @@ random order, "there is a three and a seven .", and with some probability one th
 that learns from them hallucinates for the usual reasons, a prior and weak evidence.
 
 Two domains have the same ten classes: MNIST with the words zero ... nine, and scikit-learn's digits with other nouns.
-Token ids come from ``tokenizer``; ``CLASS_OF`` says which class a token names, whichever domain's word it is.
+Token ids come from ``tokenizer``; ``CLASS_OF`` says which class a token names, whichever domain's word it is. Pictures
+are made with NumPy: they are data, and every shape of random numbers would be a program of its own to compile.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.core.rng import streams
+from mechlab.core.rng import require_typed
 from mechlab.data.images import Images
 from mechlab.data.text import BOS, PAD, WordTokenizer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Bool, Float, Int
 
 CELL, CELLS, CLASSES = 14, 9, 10
 """Pixels of a cell's side, cells of a picture, kinds of object."""
@@ -57,24 +58,22 @@ MAX_LEN = 28
 class Bank(NamedTuple):
     """Objects to put on shelves, cut to one size: images (M, 14, 14) in [0, 1], and the rows of each class (10, m)."""
 
-    images: Float[Array, "M 14 14"]
-    rows: Int[Array, "10 m"]
+    images: Float[np.ndarray, "M 14 14"]
+    rows: Int[np.ndarray, "10 m"]
 
 
 class Shelves(NamedTuple):
-    """Pictures and captions; ``render`` draws them.
+    """Pictures and captions.
 
     Attributes:
-      items: (N, 9) rows of the bank, -1 where a cell is empty.
-      contrast: (N, 9).
-      seed: (N,) of each picture's noise.
+      pixels: (N, 42, 42, 1), objects times their contrast, plus noise.
+      cells: (N, 9) the class in each cell, row by row, -1 where it is empty.
       truth: (N, 10) which classes are there.
       captions: (N, MAX_LEN) tokens without start, end included, then padding.
     """
 
-    items: Int[np.ndarray, "N 9"]
-    contrast: Float[np.ndarray, "N 9"]
-    seed: Int[np.ndarray, " N"]
+    pixels: Float[np.ndarray, "N 42 42 1"]
+    cells: Int[np.ndarray, "N 9"]
     truth: Bool[np.ndarray, "N 10"]
     captions: Int[np.ndarray, "N T"]
 
@@ -89,7 +88,7 @@ def banks(images: Images) -> tuple[Bank, Bank]:
             x = np.clip(np.asarray(jax.image.resize(jnp.asarray(x), (len(x), CELL, CELL), "linear")), 0, 1)
         by_class = [np.flatnonzero(y == c) for c in range(CLASSES)]
         fewest = min(map(len, by_class))
-        return Bank(jnp.asarray(x), jnp.asarray(np.stack([rows[:fewest] for rows in by_class])))
+        return Bank(x.astype(np.float32), np.stack([rows[:fewest] for rows in by_class]))
 
     return bank(images.train_x, images.train_y), bank(images.test_x, images.test_y)
 
@@ -102,6 +101,7 @@ def shelves(
     domain: int,
     favour: float = 6.0,
     lowest: float = 0.15,
+    noise: float = 0.15,
     invent: float = 0.25,
     theme_mix: ArrayLike = (0.25, 0.25, 0.25, 0.25),
 ) -> Shelves:
@@ -114,39 +114,42 @@ def shelves(
       domain: 0 or 1, which nouns captions use.
       favour: how many times likelier a theme's own classes are.
       lowest: contrast is uniform in [lowest, 1].
+      noise: standard deviation of the Gaussian noise of every pixel.
       invent: probability that a caption names an absent object of the theme.
       theme_mix: probabilities of the four themes.
 
     Raises:
       ValueError: fewer than one picture, another domain, or numbers out of range.
     """
-    if n < 1 or domain not in (0, 1) or favour <= 0 or not 0 <= lowest <= 1 or not 0 <= invent <= 1:
+    if n < 1 or domain not in (0, 1) or favour <= 0 or noise < 0 or not 0 <= lowest <= 1 or not 0 <= invent <= 1:
         raise ValueError(
-            f"shelves: wanted n >= 1, domain 0 or 1, favour > 0, lowest and invent in [0, 1], got {n}, {domain}, "
-            f"{favour}, {lowest}, {invent}."
+            f"shelves: wanted n >= 1, domain 0 or 1, favour > 0, noise >= 0, lowest and invent in [0, 1], got {n}, "
+            f"{domain}, {favour}, {noise}, {lowest}, {invent}."
         )
-    theme_key, class_key, count_key, place_key, item_key, light, noise, order_key, false_key = streams(
-        key, "theme class count place item light noise order false"
-    )
-    mix = jnp.broadcast_to(jnp.log(jnp.asarray(theme_mix)), (n, len(THEMES)))
-    theme = np.asarray(jax.random.categorical(theme_key, mix))
-    weight = np.ones((len(THEMES), CLASSES), np.float32)
+    require_typed(key)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    mix = np.asarray(theme_mix, float)
+    theme = rng.choice(len(THEMES), n, p=mix / mix.sum())
+    weight = np.ones((len(THEMES), CLASSES))
     np.put_along_axis(weight, THEMES, favour, 1)
     # The largest of log weight + Gumbel noise are a weighted draw without replacement.
-    ranked = np.asarray(jnp.argsort(-(jnp.log(weight)[theme] + jax.random.gumbel(class_key, (n, CLASSES))), 1))
-    count = np.asarray(jax.random.randint(count_key, (n,), 2, 6))
-    cells = np.asarray(jax.vmap(lambda k: jax.random.permutation(k, CELLS))(jax.random.split(place_key, n)))
-    drawn = np.asarray(jax.random.randint(item_key, (n, CELLS), 0, bank.rows.shape[1]))
-    order = np.asarray(jax.random.uniform(order_key, (n, CELLS)))
-    false = np.asarray(jax.random.uniform(false_key, (n, 1 + CLASSES)))
+    ranked = np.argsort(-(np.log(weight)[theme] + rng.gumbel(size=(n, CLASSES))), 1)
+    count = rng.integers(2, 6, n)
+    places = rng.permuted(np.tile(np.arange(CELLS), (n, 1)), axis=1)
+    drawn = rng.integers(0, bank.rows.shape[1], (n, CELLS))
+    order, false = rng.random((n, CELLS)), rng.random((n, 1 + CLASSES))
+    contrast = rng.uniform(lowest, 1, (n, CELLS)).astype(np.float32)
 
-    items, truth = np.full((n, CELLS), -1, np.int32), np.zeros((n, CLASSES), bool)
+    cells, truth = np.full((n, CELLS), -1, np.int32), np.zeros((n, CLASSES), bool)
+    pixels = noise * rng.standard_normal((n, SIDE, SIDE), np.float32)
+    grid = pixels.reshape(n, 3, CELL, 3, CELL)
     captions = np.zeros((n, MAX_LEN), np.int32)
-    rows = np.asarray(bank.rows)
     for i in range(n):
         there = ranked[i, : count[i]]
         truth[i, there] = True
-        items[i, cells[i, : count[i]]] = rows[there, drawn[i, : count[i]]]
+        for c, place, choice in zip(there, places[i], drawn[i], strict=False):
+            cells[i, place] = c
+            grid[i, place // 3, :, place % 3] += contrast[i, place] * bank.images[bank.rows[c, choice]]
         named = there.tolist()
         absent = [c for c in THEMES[theme[i]].tolist() if not truth[i, c]]
         if absent and false[i, 0] < invent:
@@ -154,9 +157,7 @@ def shelves(
         named = [named[j] for j in np.argsort(order[i, : len(named)])]
         written = caption(named, domain)
         captions[i, : len(written)] = written
-    contrast = np.asarray(jax.random.uniform(light, (n, CELLS), minval=lowest))
-    seed = np.asarray(jax.random.randint(noise, (n,), 0, 2**31 - 1))
-    return Shelves(items, contrast, seed, truth, captions)
+    return Shelves(pixels[..., None], cells, truth, captions)
 
 
 def caption(classes: list[int], domain: int) -> list[int]:
@@ -170,18 +171,3 @@ def caption(classes: list[int], domain: int) -> list[int]:
         pair = [NOUNS[domain][c] for c in classes[first : first + 2]]
         words += ["there", "is", "a", *" and a ".join(pair).split(), END]
     return [tokenizer.ids[word] for word in [*words, EOS]]
-
-
-def render(
-    bank: Bank,
-    items: Int[Array, "B 9"],
-    contrast: Float[Array, "B 9"],
-    seed: Int[Array, " B"],
-    *,
-    noise: float = 0.15,
-) -> Float[Array, "B 42 42 1"]:
-    """Pixels: each object times its contrast, plus Gaussian noise of standard deviation ``noise``."""
-    cells = jnp.where((items >= 0)[..., None, None], bank.images[items], 0) * contrast[..., None, None]
-    picture = cells.reshape(-1, 3, 3, CELL, CELL).swapaxes(2, 3).reshape(-1, SIDE, SIDE)
-    grain = jax.vmap(lambda s: jax.random.normal(jax.random.key(s), (SIDE, SIDE)))(seed)
-    return (picture + noise * grain)[..., None]

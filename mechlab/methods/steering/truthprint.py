@@ -70,6 +70,11 @@ class Alignment(NamedTuple):
     target_basis: Float[Array, "k D"]
     target_variance: Float[Array, " k"]
 
+    def leading(self, k: int) -> Alignment:
+        """The maps of a lower rank: directions are in order."""
+        first = {name: getattr(self, name)[:k] for name in self._fields if not name.endswith("mean")}
+        return self._replace(**first)
+
     def source(self, x: Float[Array, "... D"]) -> Float[Array, "... k"]:
         """Z_s of source states."""
         return (x - self.source_mean) @ self.source_basis.T
@@ -215,12 +220,16 @@ def subspace(
     return mean, basis, jnp.square(s) / shape[0]
 
 
-def choose_k(x: Float[ArrayLike, "N D"], *, share: float = 0.9, most: int = 64) -> int:
-    """The smallest k whose directions hold a share of the variance of x, at most ``most``."""
-    limit = min(np.shape(x)[0] - 1, np.shape(x)[1])
-    _, _, variance = subspace(x, limit)
-    held = np.cumsum(np.asarray(variance)) / np.asarray(variance).sum()
-    return int(min(np.searchsorted(held, share - 1e-6) + 1, most, limit))
+def choose_k(variances: Float[ArrayLike, " R"], *, share: float = 0.9, most: int = 64) -> int:
+    """The smallest k whose directions hold a share of the variance, at most ``most``.
+
+    Args:
+      variances: of all directions, decreasing: ``subspace(x, min(N - 1, D))[2]``.
+      share: in (0, 1].
+      most: cap.
+    """
+    held = np.cumsum(np.asarray(variances)) / np.asarray(variances).sum()
+    return int(min(np.searchsorted(held, share - 1e-6) + 1, most, len(held)))
 
 
 def comnhallu(x_s: Float[ArrayLike, "N D"], x_t: Float[ArrayLike, "M D"], k: int, *, center: bool = True) -> Alignment:

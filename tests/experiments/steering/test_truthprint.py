@@ -76,13 +76,12 @@ def test_reading_token_by_token_gives_the_states_of_a_whole_forward_also_after_g
 
 def test_states_come_one_token_early_and_do_not_know_the_word():
     model, params = tiny()
-    images = {"unseen": jnp.ones((1, 14, 14))}
-    read = lab_module.state_reader(lab_module.Lab(PRESETS["smoke"], model, None, images, {}))
-    batch = {"items": jnp.zeros((1, 9), int), "contrast": jnp.ones((1, 9)), "seed": jnp.zeros(1, int)}
+    read = lab_module.state_reader(lab_module.Lab(PRESETS["smoke"], model, None, {}))
+    seen = jax.random.normal(jax.random.key(3), (1, 42, 42, 1))
     tokens = np.full((1, lab_module.T), 4)
     other = tokens.copy()
     other[0, 6] = 9
-    before, after = (np.asarray(read(params, batch, jnp.asarray(text))) for text in (tokens, other))
+    before, after = (np.asarray(read(params, seen, jnp.asarray(text))) for text in (tokens, other))
     # What predicts token 6 is the same; what has read it is not.
     np.testing.assert_array_equal(before[:, :7], after[:, :7])
     assert np.abs(before[:, 7] - after[:, 7]).max() > 1e-4
@@ -105,8 +104,9 @@ def test_captions_name_what_is_there_and_sometimes_what_is_not():
             named = set(classes[row][classes[row] >= 0])
             there = set(np.flatnonzero(drawn.truth[row]))
             assert there <= named and len(named - there) <= wanted
-            labels = {int(c) for c in np.asarray(lab_module.labels_of(bank))[drawn.items[row][drawn.items[row] >= 0]]}
-            assert labels == there
+            assert set(drawn.cells[row][drawn.cells[row] >= 0]) == there
+            dark = drawn.pixels[row, ..., 0].reshape(3, 14, 3, 14).swapaxes(1, 2).reshape(9, 196).mean(1)
+            assert (dark[drawn.cells[row] < 0] < 0.06).all()
     assert drawn.captions.shape[1] >= (drawn.captions > 0).sum(1).max()
 
 

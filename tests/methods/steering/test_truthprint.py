@@ -256,7 +256,16 @@ def test_without_centring_the_first_direction_is_the_mean_state():
 
 def test_k_holds_the_share_of_variance():
     x = np.random.default_rng(0).normal(size=(500, 4)) * [10, 3, 1, 0.1]
-    assert tp.choose_k(x, share=0.85) == 1 and tp.choose_k(x, share=0.95) == 2 and tp.choose_k(x, most=1) == 1
+    variances = tp.subspace(x, 4)[2]
+    assert tp.choose_k(variances, share=0.85) == 1 and tp.choose_k(variances, share=0.95) == 2
+    assert tp.choose_k(variances, most=1) == 1 and tp.choose_k(variances, share=1.0) == 4
+
+
+def test_maps_of_a_lower_rank_are_the_leading_ones():
+    maps, low = tp.comnhallu(VECTORS["Xs"], VECTORS["Xt"], 7).leading(4), aligned()
+    for name, theirs in low._asdict().items():
+        np.testing.assert_allclose(getattr(maps, name), theirs, atol=1e-5)
+    np.testing.assert_allclose(maps.target(VECTORS["Xt"]), low.target(VECTORS["Xt"]), atol=1e-4)
 
 
 @pytest.mark.parametrize(

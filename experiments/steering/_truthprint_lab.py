@@ -170,8 +170,8 @@ def train_captioners(key: jax.Array, lab: Lab, log: Log) -> Any:
 
 def pictures(key: jax.Array, lab: Lab, n: int, part: str, domain: int, mix: Any = MIXES[0]) -> dict[str, np.ndarray]:
     """Pictures of one domain; ``cells`` (N, 9) are its nouns, of the 20 of both domains, or 20 for empty ones."""
-    bank = lab.domains[part][domain]
-    drawn = world.shelves(key, bank, n, domain=domain, lowest=lab.config.lowest, theme_mix=mix)
+    config, bank = lab.config, lab.domains[part][domain]
+    drawn = world.shelves(key, bank, n, domain=domain, lowest=config.lowest, noise=config.noise, theme_mix=mix)
     nouns = np.where(drawn.cells >= 0, drawn.cells + domain * world.CLASSES, 2 * world.CLASSES)
     return drawn._replace(cells=nouns)._asdict()
 

@@ -62,7 +62,7 @@ class Config:
       text_steps, eye_steps, steps: of the decoders on text, of the encoders on cells, of the captioners; 0 leaves one
         of the first two out.
       batch, rate: of every training; the rate rises for a tenth of the steps, then falls to 0.
-      lowest: contrast of the faintest object.
+      lowest, noise: contrast of the faintest object, and standard deviation of the pixels' noise.
       detect, dev, test, transfer: pictures for G, for its epoch and threshold, for testing, and of each target of
         transfer, for each seed; ``chunk`` divides them.
       seeds: new pictures and detectors on the same captioners.
@@ -84,11 +84,12 @@ class Config:
     width: int = 96
     train: int = 8000
     text_steps: int = 100
-    eye_steps: int = 500
+    eye_steps: int = 800
     steps: int = 300
     batch: int = 32
     rate: float = 2e-3
-    lowest: float = 0.15
+    lowest: float = 0.5
+    noise: float = 0.15
     detect: int = 1500
     dev: int = 300
     test: int = 300

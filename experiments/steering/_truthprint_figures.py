@@ -110,7 +110,7 @@ def spaces(seen: Mapping[str, np.ndarray]) -> Figure:
                 axes.scatter(*chosen.T, s=16, marker=marker, color=PALETTE[index], alpha=0.6, label=f"{who}, {kind}")
         axes.set_title("before alignment" if way == "raw" else "after ComnHallu")
         label_axes(axes, xlabel="coordinate 1 of a's subspace", ylabel="coordinate 2")
-    axes.legend(fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 

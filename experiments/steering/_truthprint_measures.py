@@ -133,6 +133,23 @@ def pope_metrics(
     return {metric: per_seed(values, "%") for metric, values in found.items()}
 
 
+def change_metrics(name: str, texts: list[rollback.Decoded], greedy: list[rollback.Decoded]) -> dict[str, Metric]:
+    """What going back does: whether the same objects are named in the end, and whether a noun was taken back."""
+    same, nouns = [], []
+    for out, plain in zip(texts, greedy, strict=True):
+        changed = out.interventions > 0
+        said, before = (np.asarray(mentioned(x.tokens, world.CLASS_OF, world.CLASSES)) for x in (out, plain))
+        banned = out.trace[out.trace[..., 0] >= 0][:, 2]
+        if not changed.any():
+            return {}
+        same.append(100 * float((said == before).all(1)[changed].mean()))
+        nouns.append(100 * float((world.CLASS_OF[banned] >= 0).mean()))
+    return {
+        f"same_objects/{name}": per_seed(same, "% of captions with a rollback"),
+        f"banned_nouns/{name}": per_seed(nouns, "% of rollbacks"),
+    }
+
+
 def compare(key: jax.Array, name: str, found: dict[str, list[Chair]]) -> dict[str, Metric]:
     """Against greedy and against TruthPrInt; intervals draw pictures again, the same for all decoders."""
 

@@ -29,6 +29,7 @@ from experiments.steering._truthprint_detect import carry_over, detect
 from experiments.steering._truthprint_measures import (
     Told,
     chair_metrics,
+    change_metrics,
     compare,
     examples,
     first_mentions,
@@ -104,7 +105,7 @@ class Config:
     decoders: tuple[str, ...] = DECODERS
     beams: int = 5
     vcd_noise: float = 0.5
-    ks: tuple[int, ...] = ()
+    ks: tuple[int, ...] = (2, 5, 20, 40)
     chunk: int = 300
 
     def __post_init__(self) -> None:
@@ -138,6 +139,7 @@ PRESETS: dict[str, Config] = {
         hidden=(),
         epochs=10,
         fprs=(),
+        ks=(),
         matches=1,
         decoders=("greedy", "random", "truthprint"),
         chunk=50,
@@ -261,6 +263,7 @@ def guard(
     for name in outputs:
         if name != "greedy":
             metrics |= compare(stream(key, "bootstrap"), name, found)
+            metrics |= change_metrics(name, outputs[name], outputs["greedy"])
     seen["examples"] = examples(truths[0], outputs["greedy"][0], outputs["truthprint"][0])
     for one in seen["examples"]:
         log.say("\n  ".join((one["truth"], f"greedy: {one['before']}", f"guarded: {one['after']}", *one["steps"])))

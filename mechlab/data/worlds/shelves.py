@@ -12,6 +12,7 @@ are made with NumPy: they are data, and every shape of random numbers would be a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -23,7 +24,6 @@ from mechlab.data.images import Images
 from mechlab.data.text import BOS, PAD, WordTokenizer
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike
     from jaxtyping import Bool, Float, Int
 
 CELL, CELLS, CLASSES = 14, 9, 10
@@ -103,7 +103,7 @@ def shelves(
     lowest: float = 0.15,
     noise: float = 0.15,
     invent: float = 0.25,
-    theme_mix: ArrayLike = (0.25, 0.25, 0.25, 0.25),
+    theme_mix: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
 ) -> Shelves:
     """Pictures of one domain.
 

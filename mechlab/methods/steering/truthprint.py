@@ -229,7 +229,7 @@ def choose_k(variances: Float[ArrayLike, " R"], *, share: float = 0.9, most: int
       most: cap.
     """
     held = np.cumsum(np.asarray(variances)) / np.asarray(variances).sum()
-    return int(min(np.searchsorted(held, share - 1e-6) + 1, most, len(held)))
+    return min(int(np.searchsorted(held, share - 1e-6)) + 1, most, len(held))
 
 
 def comnhallu(x_s: Float[ArrayLike, "N D"], x_t: Float[ArrayLike, "M D"], k: int, *, center: bool = True) -> Alignment:

@@ -152,7 +152,7 @@ def carry_over(
     metrics["transfer/k"] = Metric(value=best, unit="directions")
 
     # The interval draws mentions again, in every target and seed apart, the same for both ways.
-    def gain(values: np.ndarray) -> np.ndarray:
+    def gain(values: dict[tuple[str, str], np.ndarray]) -> np.ndarray:
         return np.mean([values["aligned", name] - values["plain", name] for name in RELATED], 0)
 
     draws = {

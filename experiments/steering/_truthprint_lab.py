@@ -298,7 +298,8 @@ def captions(lab: Lab, params: Any, data: dict[str, np.ndarray], decode: Decode,
         seen = data["pixels"][at : at + lab.config.chunk]
         out = decode("greedy", params, seen, nobody, NEVER, key)
         found.append(jax.tree.map(np.asarray, (out.tokens, out.confidence, states(params, seen, out.tokens))))
-    return Captions(*(np.concatenate(part) for part in zip(*found, strict=True)), data["truth"])
+    tokens, confidence, before = (np.concatenate(part) for part in zip(*found, strict=True))
+    return Captions(tokens, confidence, before, data["truth"])
 
 
 def state_reader(lab: Lab) -> Callable[..., jax.Array]:

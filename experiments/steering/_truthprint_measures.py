@@ -195,7 +195,7 @@ def pair_rows(maps: tp.Alignment, x: Any, y: Any, other: Any, other_y: Any, most
     }
 
 
-def words_of(tokens: np.ndarray, length: int) -> str:
+def words_of(tokens: Any, length: int) -> str:
     """The words of a caption, without its end."""
     return " ".join(world.tokenizer.words[token] for token in tokens[:length] if token != EOS)
 

@@ -134,7 +134,7 @@ def guarded_decode(
         confidence = jax.nn.softmax(logits, -1)[rows, v]
         forwards = state.forwards + live
         score = detector(Moment(hidden, v, confidence, t, forwards))
-        back = live & is_object[v] & (score >= tau) & (state.count < n_max)
+        back = live & is_object[v] & (score >= tau) & (state.tries < n_max)
         on = live & ~back
 
         # Going back: to token i*, which is banned there; bans behind it belong to another text.
@@ -156,7 +156,7 @@ def guarded_decode(
             t=jnp.minimum(moved, max_len - 1),
             length=moved,
             sentence=jnp.where(ends, t + 1, s),
-            count=jnp.where(ends, 0, state.count + back),
+            tries=jnp.where(ends, 0, state.tries + back),
             bans=jnp.where(ends[:, None, None], False, bans),
             trace=trace,
             interventions=state.interventions + back,
@@ -175,7 +175,7 @@ def guarded_decode(
             t=zeros,
             length=zeros,
             sentence=zeros,
-            count=zeros,
+            tries=zeros,
             bans=jnp.zeros((batch, max_len, vocabulary), bool),
             trace=jnp.full((batch, budget, 3), -1, jnp.int32),
             interventions=zeros,
@@ -204,7 +204,7 @@ class _State(NamedTuple):
     t: jax.Array
     length: jax.Array
     sentence: jax.Array
-    count: jax.Array
+    tries: jax.Array
     bans: jax.Array
     trace: jax.Array
     interventions: jax.Array
@@ -213,7 +213,7 @@ class _State(NamedTuple):
     carry: Any
 
 
-def _goal(rollback: str, key: jax.Array | None, state: _State, at: jax.Array) -> jax.Array:
+def _goal(rollback: str, key: Any, state: _State, at: jax.Array) -> jax.Array:
     """i*, (B,)."""
     t, s = state.t, state.sentence
     if rollback == "immediate":

@@ -1,6 +1,6 @@
 """AUSteer (arXiv 2602.04428): does scaling a few single dimensions steer better than moving whole vectors?
 
-    python -m experiments run austeer                   # 9 minutes of processor time
+    python -m experiments run austeer                   # 7 minutes of processor time
     python -m experiments run austeer --preset smoke    # a behaviour planted by hand, seconds
 
 Items have two candidate answers. Units are scored on pairs of texts that end in the right and in the wrong one; site, k

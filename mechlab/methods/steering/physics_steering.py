@@ -1,7 +1,7 @@
-"""Physics Steering (Fear et al. 2025, arXiv 2511.20798): a concept of physics as a direction in a surrogate's activations.
+"""Physics Steering (Fear et al. 2025, arXiv 2511.20798): a concept of physics as a direction in activations.
 
-A surrogate of partial differential equations runs on simulations that show a feature (set F) and on ones that do not (G).
-With h in [T, B, C, X, Y, Z] the activation of one file at one layer::
+A surrogate of partial differential equations runs on simulations that show a feature (set F) and on ones that do not
+(G). With h in [T, B, C, X, Y, Z] the activation of one file at one layer::
 
     h_hat = (h - mean) / std          per (t, b), over (C, X, Y, Z) jointly, divisor n - 1, no epsilon      (1)
     delta = mean_tb mean_F h_hat - mean_tb mean_G h_hat                     in [1, 1, C, X, Y, Z]           (2)
@@ -10,11 +10,11 @@ With h in [T, B, C, X, Y, Z] the activation of one file at one layer::
 (3) is applied at the same layer in every step of a roll-out, with the same alpha. alpha = 0 is the plain roll-out;
 0.1 to 0.7 is useful in the authors' experience, above 1 a roll-out is often unstable.
 
-The order of reading: directions (1, 2), their shape, edits (3), roll-outs, and read-outs, which turn frames into numbers.
+In order: directions (1, 2), their shape, edits (3), roll-outs, and read-outs, which turn frames into numbers.
 
-Differs from the paper: its surrogate is Walrus (1.3 billion parameters), ours is ``models/surrogate.py``, whose sites hold
-(B, X, Y, D) or (B, T, X, Y, D); ``from_site`` gives them the paper's axes. The paper's evidence is films; the read-outs
-are ours.
+Differs from the paper: its surrogate is Walrus (1.3 billion parameters), ours is ``models/surrogate.py``, whose sites
+hold (B, X, Y, D) or (B, T, X, Y, D); ``from_site`` gives them the paper's axes. The paper's evidence is films; the
+read-outs are ours.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def to_site(delta: Float[Array, "T B D X Y 1"], ndim: int) -> Float[Array, "B X 
 def normalise_activation(
     h: Float[Array, "... C X Y Z"], axes: tuple[int, ...] = _GRID_AXES
 ) -> Float[Array, "... C X Y Z"]:
-    """(1): mean 0 and unbiased variance 1 over ``axes`` jointly. Channel means stay: they are the largest part of delta.
+    """(1): mean 0 and unbiased variance 1 over ``axes`` jointly. Channel means stay: they dominate delta.
 
     Raises:
       ValueError: where it is known, an activation that is not finite or is constant.
@@ -83,8 +83,8 @@ def concept_delta(
     """(2): the direction from control to feature, not normalised again.
 
     Args:
-      feature, control: activations of F and of G, (files, T, B, C, X, Y, Z) each; within a set all files have one shape,
-        T and B may differ between the sets.
+      feature, control: activations of F and of G, (files, T, B, C, X, Y, Z) each; within a set all files have one
+        shape, T and B may differ between the sets.
 
     Raises:
       ValueError: an empty set, another number of axes, or C, X, Y, Z that differ; as ``normalise_activation``.
@@ -142,8 +142,8 @@ def fit_spatial(
     """Give a direction the spatial shape of an activation, in the order of the official code.
 
     1. Axes X, Y, Z on which delta is larger are cropped about their centre.
-    2. If all six sizes now agree, T and B included, delta is used as it is, *whatever the mode*: for T = B = 1 and equal
-       grids ``drop`` silently keeps space.
+    2. If all six sizes now agree, T and B included, delta is used as it is, *whatever the mode*: for T = B = 1 and
+       equal grids ``drop`` silently keeps space.
     3. ``drop``: the mean over space, a pure channel vector. ``pad``: zeros at the high end of each short axis, so the
        direction is then off-centre. ``interpol``: trilinear, half-pixel centres. ``none``: as it is.
 
@@ -203,8 +203,8 @@ def relative_edits(
 
     Raises:
       KeyError: the model has no such site.
-      ValueError: as ``fit_spatial``; a direction without length or not finite, a strength that is not finite, or a layer
-        out of range.
+      ValueError: as ``fit_spatial``; a direction without length or not finite, a strength that is not finite, or a
+        layer out of range.
 
     Warns:
       UserWarning: |alpha| > 1.
@@ -229,8 +229,13 @@ def relative_edits(
 def record(
     model: Model, params: Any, frames: Float[Array, "B H F X Y"], mask: Float[Array, "B F"]
 ) -> Float[Array, "L T B D X Y 1"]:
-    """Activations of the unedited model at ``resid_post`` of every layer; B files of one window each, one layer is
-    ``concept_delta``'s input after ``files``.
+    """Activations of the unedited model at ``resid_post`` of every layer, with the paper's axes.
+
+    Args:
+      model, params: see ``models/surrogate.py``.
+      frames: B windows, one of each file; ``concept_delta`` wants files apart:
+        ``jnp.moveaxis(acts[layer], 1, 0)[:, :, None]``.
+      mask: 1 for fields that are there.
     """
     acts = model.capture({"params": params}, frames, mask, sites=(SITE,))[1][SITE]
     return jax.vmap(from_site)(acts)

@@ -106,7 +106,7 @@ def evolve_shear(
     kept = _dealias(grid)
     inverse = jnp.where(k2 > 0, 1 / jnp.where(k2 > 0, k2, 1), 0)
     state = jnp.fft.rfft2(jnp.stack([omega, tracer], 1)) * kept
-    rates = jnp.stack(jnp.broadcast_arrays(_column(nu, len(omega)), _column(diffusivity, len(omega))), 1)
+    rates = jnp.concatenate([_column(nu, len(omega)), _column(diffusivity, len(omega))], 1)
 
     def real(z: jax.Array) -> jax.Array:
         return jnp.fft.irfft2(z, s=(grid, grid))

@@ -1,4 +1,4 @@
-"""The figures of the experiment: films and strips of roll-outs, dose curves, read-outs by direction, layers, training."""
+"""The figures of the experiment: films and strips, dose curves, read-outs by direction, layers, training."""
 
 from __future__ import annotations
 

@@ -173,26 +173,17 @@ def measure(
       For each patch's name and alpha the read-outs of ``read``, arrays (draws, states, ...), draws in order.
     """
     rows = [(p, alpha, s) for p, patch in enumerate(patches) for alpha in patch.alphas for s in range(len(start.mask))]
-    values = jnp.stack([fitted(model, patch) for patch in patches])
+    values = np.stack([fitted(model, patch) for patch in patches])
+    frames, mask, velocity = (np.asarray(x) for x in (start.frames, start.mask, start.velocity))
     found: list[dict[str, np.ndarray]] = []
     with log.track(name, len(rows)) as update:
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             full = chunk + [chunk[0]] * (CHUNK - len(chunk))  # one shape, one program
             p, alpha, s = (np.asarray(column) for column in zip(*full, strict=True))
-            layer = np.asarray([patches[i].layer for i in p])
-            out = roll(
-                model,
-                params,
-                values,
-                p,
-                layer,
-                alpha.astype(np.float32),
-                start.frames[s],
-                start.mask[s],
-                config.horizon,
-            )
-            seen = read(start.frames[s, -1], out, start.velocity[s], worlds.fields_of(config.families))
+            layer, strength = np.asarray([patches[i].layer for i in p]), alpha.astype(np.float32)
+            out = roll(model, params, values[p], layer, strength, frames[s], mask[s], config.horizon)
+            seen = read(frames[s, -1], out, velocity[s], worlds.fields_of(config.families))
             found.append({what: np.asarray(x)[: len(chunk)] for what, x in seen.items()})
             update(first + len(chunk))
     whole = {what: np.concatenate([one[what] for one in found]) for what in found[0]}
@@ -226,21 +217,20 @@ def roll(
     model: Model,
     params: Any,
     values: jax.Array,
-    which: jax.Array,
     layer: jax.Array,
     alpha: jax.Array,
     frames: jax.Array,
     mask: jax.Array,
     steps: int,
 ) -> jax.Array:
-    """Steered roll-outs of rows, (R, steps, F, X, Y): row r has direction values[which[r]] and a state of its own."""
+    """Steered roll-outs of rows, (R, steps, F, X, Y): row r has a direction, layer, strength and state of its own."""
 
-    def one(i: jax.Array, layer: jax.Array, alpha: jax.Array, frames: jax.Array, mask: jax.Array) -> jax.Array:
+    def one(value: jax.Array, layer: jax.Array, alpha: jax.Array, frames: jax.Array, mask: jax.Array) -> jax.Array:
         sites = model.sites_for(frames[None], mask[None])
-        edits = ps.relative_edits(sites, values[i], layer=layer, alpha=alpha, mode="none")
+        edits = ps.relative_edits(sites, value, layer=layer, alpha=alpha, mode="none")
         return ps.rollout(model, params, frames[None], mask[None], steps, edits)[:, 0]
 
-    return jax.vmap(one)(which, layer, alpha, frames, mask)
+    return jax.vmap(one)(values, layer, alpha, frames, mask)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "steps"))
@@ -277,7 +267,7 @@ def competence(model: Model, params: Any, runs: Mapping[str, worlds.Runs], confi
     """Squared error over that of persistence on held-out windows, after one step and after ``config.horizon``."""
     found = {}
     h, steps = config.history, config.horizon
-    plain = jnp.zeros((1, *site_shape(model)))
+    values = np.ones((CHUNK, *site_shape(model)), np.float32)
     for family, held in runs.items():
         # Windows from early, middle and late in a run.
         starts = np.linspace(0, held.frames.shape[1] - h - steps, CHUNK).astype(int)
@@ -285,7 +275,7 @@ def competence(model: Model, params: Any, runs: Mapping[str, worlds.Runs], confi
         windows = held.frames[which[:, None], starts[:, None] + np.arange(h + steps)]
         mask = jnp.tile(worlds.mask_of(family, config.families), (CHUNK, 1))
         zeros = np.zeros(CHUNK, np.int32)
-        out = roll(model, params, plain + 1, zeros, zeros, np.zeros(CHUNK, np.float32), windows[:, :h], mask, steps)
+        out = roll(model, params, values, zeros, zeros.astype(np.float32), windows[:, :h], mask, steps)
         for name, step in (("one", 0), ("six", min(5, steps - 1))):
             true = windows[:, h + step]
             error, still = (jnp.square(x - true).sum() for x in (out[:, step], windows[:, h - 1]))
@@ -301,7 +291,8 @@ def film(
     Each is put together from roll-outs of ``config.horizon`` steps: the same program as the measurements.
     """
     n = len(start.mask)
-    values = fitted(model, Patch("", 0, delta, layer, alphas))[None]
+    value = np.asarray(fitted(model, Patch("", 0, delta, layer, alphas)))
+    values, layers = np.broadcast_to(value, (CHUNK, *value.shape)), np.full(CHUNK, layer)
     index = [(a, s) for a in range(len(alphas)) for s in range(n)]
     done = []
     for first in range(0, len(index), CHUNK):
@@ -309,9 +300,9 @@ def film(
         full = chunk + [chunk[0]] * (CHUNK - len(chunk))
         a, s = (np.asarray(column) for column in zip(*full, strict=True))
         window, shown = start.frames[s], [start.frames[s, -1:]]
-        zeros, strength = np.zeros(CHUNK, np.int32), np.asarray(alphas, np.float32)[a]
+        strength = np.asarray(alphas, np.float32)[a]
         for _ in range(-(-config.film_steps // config.horizon)):
-            out = roll(model, params, values, zeros, zeros + layer, strength, window, start.mask[s], config.horizon)
+            out = roll(model, params, values, layers, strength, window, start.mask[s], config.horizon)
             shown.append(out)
             window = jnp.concatenate([window, out], 1)[:, -config.history :]
         done.append(np.concatenate(shown, 1)[: len(chunk), : config.film_steps + 1])
@@ -340,6 +331,8 @@ def checked(config: Any) -> None:
         problems.append(f"kinds: wanted spectral or attention, got {config.kinds}")
     if not set(config.directions) <= set(worlds.DIRECTIONS) or not config.directions:
         problems.append(f"directions: wanted some of {worlds.DIRECTIONS}, got {config.directions}")
+    if config.controls and not set(worlds.MAIN) <= set(config.directions):
+        problems.append(f"directions: controls need {worlds.MAIN}, got {config.directions}")
     if not set(config.fits) <= set(ps.MODES) - {"none"} or "drop" not in config.fits:
         problems.append(f"fits: wanted drop and others of pad, interpol, got {config.fits}")
     if tuple(sorted(set(config.alphas))) != config.alphas or 0.0 not in config.alphas:

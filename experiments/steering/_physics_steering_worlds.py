@@ -24,6 +24,8 @@ SLOTS = {
     "burgers": ("u", "v"),
 }
 DIRECTIONS = ("shear_vorticity", "shear_speed", "shear_diffusion", "advect_speed", "advect_diffusion")
+MAIN = ("shear_vorticity", "shear_speed", "advect_speed")
+"""Those that all controls are made for."""
 FAST, SLOW = 1.5, 0.6
 THICK, THIN = 0.05, 0.003
 WAVY, LAMINAR = 1.0, 0.003

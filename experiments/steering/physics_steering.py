@@ -3,16 +3,17 @@
     python -m experiments run physics_steering
     python -m experiments run physics_steering --preset smoke   # two worlds, one direction, seconds
 
-A small surrogate learns several worlds on one periodic square: shear flow, advection and Gray-Scott reactions. Directions
-are differences of its activations between simulations that show a concept and ones that do not: more vortices, faster,
-more diffusive. *Matched* pairs start from the same states and differ in one parameter; *unmatched* ones, as in the
-paper, are whole simulations of two regimes. A direction is added in one layer, in every step of a roll-out, at alpha
-times the length of the state, and what the frames show is measured: the energy across the stream, the speed and the
-diffusivity that the tracer moves with. Before anything is steered the surrogate must be competent (claim 1).
+A small surrogate learns several worlds on one periodic square: shear flow, advection and Gray-Scott reactions.
+Directions are differences of its activations between simulations that show a concept and ones that do not: more
+vortices, faster, more diffusive. *Matched* pairs start from the same states and differ in one parameter; *unmatched*
+ones, as in the paper, are whole simulations of two regimes. A direction is added in one layer, in every step of a
+roll-out, at alpha times the length of the state, and what the frames show is measured: the energy across the stream,
+the speed and the diffusivity that the tracer moves with. Before anything is steered the surrogate must be competent
+(claim 1).
 
-Controls with patches of the same relative length: ten random directions, pairs with shuffled labels, the other concepts,
-an edit of the output instead of an inner layer, and an untrained surrogate. Strengths are chosen nowhere but in the
-counterfactual test, on dev states.
+Controls with patches of the same relative length: ten random directions, pairs with shuffled labels, the other
+concepts, an edit of the output instead of an inner layer, and an untrained surrogate. Strengths are chosen nowhere but
+in the counterfactual test, on dev states.
 
 The paper's evidence is films of Walrus (1.3 billion parameters). Ours is on docs/papers/physics_steering.md.
 """
@@ -20,12 +21,13 @@ The paper's evidence is films of Walrus (1.3 billion parameters). Ours is on doc
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.steering import _physics_steering_arms as arms
 from experiments.steering import _physics_steering_figures as draw
 from experiments.steering import _physics_steering_lab as lab
 from experiments.steering import _physics_steering_measures as measures
@@ -37,8 +39,6 @@ from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric, Result, judge_claims
 
 __all__ = ["CLAIMS", "PRESETS", "Config", "run"]
-
-MAIN = ("shear_vorticity", "shear_speed", "advect_speed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,26 +149,6 @@ PRESETS: dict[str, Config] = {
 }
 
 
-class Bench(NamedTuple):
-    """What all surrogates of a run share, and the one at hand.
-
-    Attributes:
-      held: runs for the gate.
-      dev, test: states of each family.
-      start: the states of read-outs, shear and advect together.
-      matched, unmatched: windows by direction.
-    """
-
-    config: Config
-    held: dict[str, worlds.Runs]
-    dev: dict[str, worlds.States]
-    test: dict[str, worlds.States]
-    start: worlds.States
-    matched: dict[str, worlds.Pair]
-    unmatched: dict[str, worlds.Pair]
-    model: Any = None
-
-
 def run(key: jax.Array, config: Config, log: Log) -> Result:
     """The whole experiment: simulations, surrogates, directions, roll-outs, claims and figures."""
     data = {
@@ -198,7 +178,7 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
 
 
-def prepare(key: jax.Array, config: Config) -> Bench:
+def prepare(key: jax.Array, config: Config) -> arms.Bench:
     """All simulations but those for training."""
     flowing = ("shear", "advect")
     held = {
@@ -221,27 +201,11 @@ def prepare(key: jax.Array, config: Config) -> Bench:
             if config.controls:
                 pairs[1] |= worlds.unmatched_pairs(stream(key, "unmatched", family), family, config)
     matched, unmatched = ({name: x for name, x in some.items() if name in config.directions} for some in pairs)
-    return Bench(config, held, dev, test, start, matched, unmatched)
-
-
-def directions(
-    key: jax.Array, bench: Bench, params: Any, pairs: dict[str, worlds.Pair], draws: int
-) -> dict[str, list[lab.Read]]:
-    """What the surrogate makes of the pairs: by direction, one ``Read`` a draw."""
-    masks = {name: worlds.mask_of(name.rpartition("_")[0], bench.config.families) for name in pairs}
-    return {
-        name: [
-            lab.read_directions(
-                bench.model, params, stream(key, name, k), pair.feature[k], pair.control[k], masks[name]
-            )
-            for k in range(draws)
-        ]
-        for name, pair in pairs.items()
-    }
+    return arms.Bench(config, held, dev, test, start, matched, unmatched)
 
 
 def one_surrogate(
-    key: jax.Array, bench: Bench, records: Any, seed: int, log: Log
+    key: jax.Array, bench: arms.Bench, records: Any, seed: int, log: Log
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
     """Numbers (draws,) by name, hits of the counterfactual test by family, and what figures show."""
     config, layer = bench.config, bench.config.layer
@@ -250,28 +214,25 @@ def one_surrogate(
     log.say(f"surrogate {seed}, error over persistence: " + ", ".join(f"{k} {v:.4f}" for k, v in gate.items()))
     numbers: dict[str, np.ndarray] = {f"gate/{name}": np.asarray([value]) for name, value in gate.items()}
 
-    reads = directions(key, bench, params, bench.matched, config.draws)
-    whole = directions(key, bench, params, bench.unmatched, config.draws)
+    reads = arms.directions(key, bench, params, bench.matched, config.draws)
+    whole = arms.directions(key, bench, params, bench.unmatched, config.draws)
     channels = lab.site_shape(bench.model)[2]
     randoms = ps.random_deltas(stream(key, "random"), config.randoms, channels)
-    patches = list_patches(config, reads, whole, randoms)
+    patches = arms.list_patches(config, reads, whole, randoms)
     outcome = lab.measure(bench.model, params, patches, bench.start, config, log, "directions")
     if config.controls:
-        outcome |= in_output_space(bench, params, reads)
+        outcome |= arms.in_output_space(bench, params, reads)
     seen = measures.Outcomes(outcome, bench.start.family)
     numbers |= measures.summarise(seen)
     drawn: dict[str, Any] = {"seen": seen}
+    for first, second in itertools.combinations(reads, 2):
+        both = zip(reads[first], reads[second], strict=True)
+        cosines = [measures.cosine(a.delta[layer], b.delta[layer]) for a, b in both]
+        numbers[f"cosine/{first}, {second}"] = np.asarray(cosines)
     if {"shear_speed", "advect_speed"} <= set(reads):
-        pairs = list(zip(reads["shear_speed"], reads["advect_speed"], strict=True))
-        numbers["cosine/speed"] = np.asarray([measures.cosine(a.delta[layer], b.delta[layer]) for a, b in pairs])
-        to_random = [measures.cosine(a.delta[layer], one) for a, _ in pairs for one in randoms]
+        numbers["cosine/speed"] = numbers["cosine/shear_speed, advect_speed"]
+        to_random = [measures.cosine(a.delta[layer], one) for a in reads["shear_speed"] for one in randoms]
         numbers["cosine/random"] = np.abs(to_random)
-        for first, second in (("shear_speed", "shear_vorticity"), ("shear_speed", "shear_diffusion")):
-            if first in reads and second in reads:
-                of_draws = zip(reads[first], reads[second], strict=True)
-                numbers[f"cosine/{first}, {second}"] = np.asarray(
-                    [measures.cosine(a.delta[layer], b.delta[layer]) for a, b in of_draws]
-                )
     if not config.controls:
         return numbers, {}, drawn
 
@@ -283,128 +244,9 @@ def one_surrogate(
             for target, name in enumerate(("fast", "slow")):
                 numbers[f"counterfactual_alpha/{family}_{name}"] = chosen[:, target]
                 numbers[f"counterfactual_hits/{family}_{name}"] = 100 * hits[family][:, target].mean(-1)
-    times, of_times = over_training(key, bench, records, seed, log)
+    times, of_times = arms.over_training(key, bench, records, seed, log)
     numbers |= of_times
-    drawn |= {"times": times, "numbers": numbers, "films": films(bench, params, reads)}
+    drawn |= {"times": times, "numbers": numbers, "films": arms.films(bench, params, reads)}
     if "gray_scott" in bench.test:
-        numbers |= on_reactions(bench, params, reads, log)
+        numbers |= arms.on_reactions(bench, params, reads, log)
     return numbers, hits, drawn
-
-
-def list_patches(
-    config: Config, reads: dict[str, list[lab.Read]], whole: dict[str, list[lab.Read]], randoms: jax.Array
-) -> list[lab.Patch]:
-    """Everything that is tried on the states of shear flow and advection."""
-    layer = config.layer
-    moved = [alpha for alpha in config.alphas if alpha != 0]
-    strong = (-measures.STRONG, measures.STRONG)
-    few = [alpha for alpha in moved if measures.WEAK <= abs(alpha) <= measures.STRONG]
-    patches = [lab.Patch("none", 0, randoms[0] if len(randoms) else reads[config.directions[0]][0].delta[0], 0, (0.0,))]
-    patches += [lab.Patch("random", k, one, layer, few) for k, one in enumerate(randoms)]
-    for name, of_draws in reads.items():
-        patches += [lab.Patch(name, k, one.delta[layer], layer, moved) for k, one in enumerate(of_draws)]
-    if not config.controls:
-        return patches
-    for name, of_draws in whole.items():
-        patches += [
-            lab.Patch(f"{name}@unmatched", k, one.delta[layer], layer, strong) for k, one in enumerate(of_draws)
-        ]
-    for name in (name for name in MAIN if name in reads):
-        for k, one in enumerate(reads[name]):
-            patches.append(lab.Patch(f"{name}@shuffled", k, one.shuffled[layer], layer, strong))
-            patches += [
-                lab.Patch(f"{name}@{fit}", k, one.delta[layer], layer, strong, fit)  # type: ignore[arg-type]
-                for fit in config.fits
-                if fit != "drop"
-            ]
-            patches += [lab.Patch(f"{name}@layer{i}", k, one.delta[i], i, strong) for i in config.other_layers]
-    if {"shear_speed", "advect_speed"} <= set(reads):
-        for name in (name for name in reads if name.endswith("diffusion")):
-            for k, one in enumerate(reads[name]):
-                speeds = [ps.channel_vector(reads[f"{family}_speed"][k].delta[layer]) for family in ("shear", "advect")]
-                alone = ps.without(one.delta[layer], jnp.stack(speeds))
-                strengths = moved if name == "advect_diffusion" else strong
-                patches.append(lab.Patch(f"{name}@alone", k, alone, layer, strengths))
-    return patches
-
-
-def in_output_space(bench: Bench, params: Any, reads: dict[str, list[lab.Read]]) -> lab.Outcome:
-    """The control that adds the mean difference of increments to the prediction, at +-0.2 times its length."""
-    start, config = bench.start, bench.config
-    n, outcome = len(start.mask), {}
-    for name in (name for name in MAIN if name in reads):
-        cell: dict[float, list[dict[str, np.ndarray]]] = {-measures.STRONG: [], measures.STRONG: []}
-        for one in reads[name]:
-            for alpha, of_draws in cell.items():
-                strength = jnp.full((n, 1, 1, 1), alpha)
-                out = lab.roll_output(
-                    bench.model, params, one.output, strength, start.frames, start.mask, config.horizon
-                )
-                fields = worlds.fields_of(config.families)
-                found = lab.read(start.frames[:, -1], out, start.velocity, fields)
-                of_draws.append({what: np.asarray(x) for what, x in found.items()})
-        outcome[f"{name}@output"] = {
-            alpha: {what: np.stack([one[what] for one in of_draws]) for what in of_draws[0]}
-            for alpha, of_draws in cell.items()
-        }
-    return outcome
-
-
-def over_training(
-    key: jax.Array, bench: Bench, records: Any, seed: int, log: Log
-) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Gate and slopes before the end of training, directions read anew each time, one draw; time 0 is untrained."""
-    config = bench.config
-    strong = (-measures.STRONG, measures.STRONG)
-    every = -(-config.steps // config.checkpoints)
-    slots = len(jax.tree.leaves(records)[0][seed])
-    numbers: dict[str, np.ndarray] = {}
-    main = {name: pair for name, pair in bench.matched.items() if name in MAIN}
-    for time in range(slots - 1):
-        params = lab.at_checkpoint(records, seed, time)
-        gate = lab.competence(bench.model, params, bench.held, config)
-        numbers |= {f"gate_at/{time * every}/{name}": np.asarray([value]) for name, value in gate.items()}
-        reads = directions(key, bench, params, main, 1)
-        none = lab.Patch("none", 0, reads[next(iter(main))][0].delta[config.layer], config.layer, (0.0,))
-        patches = [lab.Patch(name, 0, one[0].delta[config.layer], config.layer, strong) for name, one in reads.items()]
-        outcome = lab.measure(bench.model, params, [none, *patches], bench.start, config, log, f"checkpoint {time}")
-        found = measures.summarise(measures.Outcomes(outcome, bench.start.family))
-        numbers |= {
-            f"{name}@{time * every}": x for name, x in found.items() if name.startswith(("ev", "speed", "c_eff"))
-        }
-    return [time * every for time in range(slots - 1)] + [config.steps], numbers
-
-
-def on_reactions(bench: Bench, params: Any, reads: dict[str, list[lab.Read]], log: Log) -> dict[str, np.ndarray]:
-    """Gray-Scott under directions of shear flow: what becomes of its patterns (reported)."""
-    config = bench.config
-    states = bench.test["gray_scott"].rows(np.arange(config.states))
-    moved = [alpha for alpha in config.alphas if abs(alpha) >= measures.STRONG]
-    named = [name for name in ("shear_vorticity", "shear_speed") if name in reads]
-    none = lab.Patch("none", 0, reads[named[0]][0].delta[config.layer], config.layer, (0.0,))
-    patches = [lab.Patch(name, 0, reads[name][0].delta[config.layer], config.layer, moved) for name in named]
-    outcome = lab.measure(bench.model, params, [none, *patches], states, config, log, "reactions")
-    found = measures.summarise(measures.Outcomes(outcome, states.family))
-    return {name: x for name, x in found.items() if name.startswith("rough_V")}
-
-
-def films(bench: Bench, params: Any, reads: dict[str, list[lab.Read]]) -> dict[str, tuple[np.ndarray, worlds.States]]:
-    """Long roll-outs (3, n, T, F, X, Y) at -0.2, 0 and 0.2, and their states, by "direction on family"."""
-    config = bench.config
-    found: dict[str, tuple[np.ndarray, worlds.States]] = {}
-    wanted = (
-        ("shear_vorticity", "shear"),
-        ("shear_speed", "shear"),
-        ("shear_diffusion", "shear"),
-        ("shear_speed", "advect"),
-        ("advect_speed", "shear"),
-        ("shear_vorticity", "gray_scott"),
-    )
-    alphas = (-measures.STRONG, 0.0, measures.STRONG)
-    for name, family in wanted:
-        if name in reads and family in bench.test:
-            states = bench.test[family].rows(np.arange(config.states))
-            delta = reads[name][0].delta[config.layer]
-            made = lab.film(bench.model, params, delta, config.layer, alphas, states, config)
-            found[f"{name} on {family}"] = made, states
-    return found

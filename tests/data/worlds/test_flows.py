@@ -24,7 +24,8 @@ def test_a_laminar_profile_decays_mode_by_mode():
     spectra = np.abs(np.fft.rfft(shown[:, :, 0, 0], axis=-1))
     t, k = 0.25 * np.arange(9), np.arange(GRID // 2 + 1)
     decay = np.exp(-np.asarray(nu)[:, None, None] * k**2 * t[:, None])
-    np.testing.assert_allclose(spectra, spectra[:, :1] * decay, atol=2e-6 * spectra.max())
+    # 160 factors exp(-nu k^2 dt / 2) in float32 are off by up to 1e-5.
+    np.testing.assert_allclose(spectra, spectra[:, :1] * decay, atol=1e-5 * spectra.max())
     np.testing.assert_allclose(shown[:, :, 1], 0, atol=1e-6)
 
 
@@ -60,7 +61,7 @@ def test_advection_shifts_and_decays():
     t = 1.0
     exact = np.exp(-d * t) * np.cos(X - 0.4 * t)[:, None] + np.exp(-4 * d * t) * np.sin(2 * (X + 0.8 * t))[None]
     np.testing.assert_allclose(shown[0, 4, 2], exact, atol=1e-5)
-    np.testing.assert_allclose(shown[0, :, :2].mean((2, 3)), np.broadcast_to(c, (5, 2)), rtol=1e-6)
+    np.testing.assert_allclose(shown[0, :, :2].mean((2, 3)), np.broadcast_to(c, (5, 2)), rtol=1e-5)
 
 
 def test_gray_scott_rests_at_its_fixed_point_and_grows_patterns():

@@ -71,13 +71,17 @@ def summarise(seen: Outcomes) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for name in seen.names:
         tried = seen.outcome[name]
+        control = any(mark in name for mark in ("@shuffled", "@pad", "@interpol", "@layer", "@output"))
         for what in seen.readouts():
+            if control and what not in ("ev", "c_eff"):
+                continue
             zero = seen.mean(name, 0.0, what)
             if {STRONG, -STRONG} <= set(tried):
                 up, down = (seen.mean(name, sign * STRONG, what) for sign in (1, -1))
                 if what in POSITIVE:
                     found[f"{what}/ratio/{name}"] = up / down
-                    found[f"{what}/low/{name}"], found[f"{what}/high/{name}"] = down / zero, up / zero
+                    if what == "ev":
+                        found[f"ev/low/{name}"], found[f"ev/high/{name}"] = down / zero, up / zero
                     found[f"{what}/slope/{name}"] = np.log(up / down) / (2 * STRONG)
                 else:
                     label = "speed" if what == "c_eff" else "diffusivity"

@@ -59,9 +59,8 @@ def list_patches(
     layer = config.layer
     moved = [alpha for alpha in config.alphas if alpha != 0]
     strong = (-measures.STRONG, measures.STRONG)
-    few = [alpha for alpha in moved if measures.WEAK <= abs(alpha) <= measures.STRONG]
     patches = [lab.Patch("none", 0, randoms[0] if len(randoms) else reads[config.directions[0]][0].delta[0], 0, (0.0,))]
-    patches += [lab.Patch("random", k, one, layer, few) for k, one in enumerate(randoms)]
+    patches += [lab.Patch("random", k, one, layer, strong) for k, one in enumerate(randoms)]
     for name, of_draws in reads.items():
         patches += [lab.Patch(name, k, one.delta[layer], layer, moved) for k, one in enumerate(of_draws)]
     if not config.controls:
@@ -78,7 +77,8 @@ def list_patches(
                 for fit in config.fits
                 if fit != "drop"
             ]
-            patches += [lab.Patch(f"{name}@layer{i}", k, one.delta[i], i, strong) for i in config.other_layers]
+        first = reads[name][0]
+        patches += [lab.Patch(f"{name}@layer{i}", 0, first.delta[i], i, strong) for i in config.other_layers]
     if {"shear_speed", "advect_speed"} <= set(reads):
         for name in [name for name in reads if name.endswith("diffusion")]:
             for k, one in enumerate(reads[name]):
@@ -93,8 +93,8 @@ def in_output_space(bench: Bench, params: Any, reads: dict[str, list[lab.Read]])
     """The control that adds the mean difference of increments to the prediction, at +-0.2 times its length."""
     start, config, n = bench.start, bench.config, len(bench.start.mask)
     alphas = (-measures.STRONG, measures.STRONG)
-    frames, mask, velocity = (jnp.concatenate([x, x]) for x in (start.frames, start.mask, start.velocity))
-    strength = jnp.repeat(jnp.asarray(alphas), n)[:, None, None, None]
+    frames, mask, velocity = (np.concatenate([x, x]) for x in (start.frames, start.mask, start.velocity))
+    strength = np.repeat(np.float32(alphas), n)[:, None, None, None]
     outcome: lab.Outcome = {}
     for name in worlds.MAIN:
         of_draws = []
@@ -121,7 +121,7 @@ def over_training(
     main = {name: pair for name, pair in bench.matched.items() if name in worlds.MAIN}
     for time in range(slots - 1):
         params = lab.at_checkpoint(records, seed, time)
-        gate = lab.competence(bench.model, params, bench.held, config)
+        gate = lab.competence(bench.model, params, bench.held, config, lab.CHUNK)
         numbers |= {f"gate_at/{time * every}/{name}": np.asarray([value]) for name, value in gate.items()}
         reads = directions(key, bench, params, main, 1)
         none = lab.Patch("none", 0, reads[next(iter(main))][0].delta[config.layer], config.layer, (0.0,))
@@ -156,7 +156,6 @@ def films(bench: Bench, params: Any, reads: dict[str, list[lab.Read]]) -> dict[s
         ("shear_speed", "shear"),
         ("shear_diffusion", "shear"),
         ("shear_speed", "advect"),
-        ("advect_speed", "shear"),
         ("shear_vorticity", "gray_scott"),
     )
     alphas = (-measures.STRONG, 0.0, measures.STRONG)

@@ -131,9 +131,10 @@ def layers(config: Any, metrics: Mapping[str, Metric]) -> Figure:
             metrics.get(f"ev/slope/{name}" + ("" if layer == config.layer else f"@layer{layer}")) for layer in order
         ]
         if all(one is not None for one in found):
-            curves[NAMES[name]] = np.stack([one.per_seed for one in found], 1)  # type: ignore[union-attr]
+            curves[NAMES[name]] = [[one.value for one in found if one is not None]]
     figure = curve_band(order, curves, xlabel="layer that is steered", ylabel="slope of log E_v at α = 0")
     figure.axes[0].set_xticks(order)
+    note(figure, f"layer {config.layer}: mean of all draws; other layers: first draw")
     return figure
 
 
@@ -166,7 +167,6 @@ def moving(config: Any, films: Mapping[str, Any]) -> dict[str, Figure | Film]:
     views = {
         "shear_vorticity on shear": "vorticity",
         "shear_speed on shear": "vorticity",
-        "advect_speed on shear": "vorticity",
         "shear_speed on advect": "tracer s",
         "shear_vorticity on gray_scott": "V (scaled)",
     }

@@ -28,24 +28,24 @@ from mechlab.training.loop import Job, fit_many
 
 WARM_UP = 50
 FLOOR = 1e-4
-CHUNK = 32
+CHUNK = 16
 
 
 def train(key: jax.Array, kind: str, data: Mapping[str, worlds.Runs], config: Any, log: Log) -> tuple[Model, Any]:
     """One surrogate of ``kind`` for all families, ``config.models`` seeds of it.
 
-    Loss: squared error over increment energy + 1e-4, by field and sample. In the last third, half of the same on a
-    second predicted step is added.
+    Loss: squared error over increment energy + 1e-4, by field and sample. From the share ``config.second`` of training
+    on, half of the same on a second predicted step is added.
 
     Returns:
       The model, and the parameters at ``config.checkpoints`` + 1 times, the first untrained, leaves (S, R + 1, ...).
     """
-    frames = jnp.concatenate([runs.frames for runs in data.values()])
-    mask = jnp.concatenate(
-        [jnp.tile(worlds.mask_of(family, config.families), (len(runs.frames), 1)) for family, runs in data.items()]
+    frames = np.concatenate([runs.frames for runs in data.values()])
+    mask = np.concatenate(
+        [np.tile(worlds.mask_of(family, config.families), (len(runs.frames), 1)) for family, runs in data.items()]
     )
-    there = mask[:, None, :, None, None]
-    energy = (jnp.square(jnp.diff(frames, axis=1)) * there).sum((0, 1, 3, 4))
+    # Absent fields are zero in all frames.
+    energy = np.square(np.diff(frames, axis=1)).sum((0, 1, 3, 4))
     count = mask.sum(0) * (frames.shape[1] - 1) * config.grid**2
     scales = tuple(float(x) for x in np.round(np.sqrt(energy / count), 4))
     model = surrogate(
@@ -61,7 +61,7 @@ def train(key: jax.Array, kind: str, data: Mapping[str, worlds.Runs], config: An
         )
     )
     h, length = config.history, config.history + 2
-    two_from = config.steps * 2 // 3
+    two_from = int(config.steps * config.second)
 
     def error(predicted: jax.Array, last: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
         size = jnp.square(target - last).mean((2, 3)) + FLOOR
@@ -70,13 +70,15 @@ def train(key: jax.Array, kind: str, data: Mapping[str, worlds.Runs], config: An
     def loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
         true, mask = batch["frames"], batch["mask"]
         first = model.apply({"params": params}, true[:, :h], mask)
+        found = error(first, true[:, h - 1], true[:, h], mask)
+        if two_from >= config.steps:
+            return found
 
         def second(_: None) -> jax.Array:
             window = jnp.concatenate([true[:, 1:h], first[:, None]], 1)
             return 0.5 * error(model.apply({"params": params}, window, mask), true[:, h], true[:, h + 1], mask)
 
-        more = jax.lax.cond(batch["step"] >= two_from, second, lambda _: jnp.zeros(()), None)
-        return error(first, true[:, h - 1], true[:, h], mask) + more
+        return found + jax.lax.cond(batch["step"] >= two_from, second, lambda _: jnp.zeros(()), None)
 
     def build(lane: Any) -> Job:
         def sample(key: jax.Array) -> dict[str, jax.Array]:
@@ -102,8 +104,8 @@ def train(key: jax.Array, kind: str, data: Mapping[str, worlds.Runs], config: An
     # Data are a lane, not a constant: a program that holds them would take minutes to compile.
     lanes = {
         "params": jax.vmap(lambda k: model.init(stream(k, "init")))(keys),
-        "frames": jnp.broadcast_to(frames, (config.models, *frames.shape)),
-        "mask": jnp.broadcast_to(mask, (config.models, *mask.shape)),
+        "frames": jnp.asarray(np.broadcast_to(frames, (config.models, *frames.shape))),
+        "mask": jnp.asarray(np.broadcast_to(mask, (config.models, *mask.shape))),
     }
     trained = fit_many(
         jax.vmap(lambda k: stream(k, "batches"))(keys),
@@ -174,7 +176,7 @@ def measure(
     """
     rows = [(p, alpha, s) for p, patch in enumerate(patches) for alpha in patch.alphas for s in range(len(start.mask))]
     values = np.stack([fitted(model, patch) for patch in patches])
-    frames, mask, velocity = (np.asarray(x) for x in (start.frames, start.mask, start.velocity))
+    frames, mask, velocity = start.frames, start.mask, start.velocity
     found: list[dict[str, np.ndarray]] = []
     with log.track(name, len(rows)) as update:
         for first in range(0, len(rows), CHUNK):
@@ -263,22 +265,24 @@ def read(last: jax.Array, out: jax.Array, velocity: jax.Array, fields: tuple[str
     return found | ({"rough_V": ps.roughness(out[:, -1, fields.index("V")])} if "V" in fields else {})
 
 
-def competence(model: Model, params: Any, runs: Mapping[str, worlds.Runs], config: Any) -> dict[str, float]:
-    """Squared error over that of persistence on held-out windows, after one step and after ``config.horizon``."""
+def competence(
+    model: Model, params: Any, runs: Mapping[str, worlds.Runs], config: Any, windows: int = 2 * CHUNK
+) -> dict[str, float]:
+    """Squared error over that of persistence on held-out windows, after one step and after six, by step and family."""
     found = {}
     h, steps = config.history, config.horizon
-    values = np.ones((CHUNK, *site_shape(model)), np.float32)
+    values, zeros = np.ones((CHUNK, *site_shape(model)), np.float32), np.zeros(CHUNK, np.int32)
     for family, held in runs.items():
         # Windows from early, middle and late in a run.
-        starts = np.linspace(0, held.frames.shape[1] - h - steps, CHUNK).astype(int)
-        which = np.arange(CHUNK) % len(held.frames)
-        windows = held.frames[which[:, None], starts[:, None] + np.arange(h + steps)]
-        mask = jnp.tile(worlds.mask_of(family, config.families), (CHUNK, 1))
-        zeros = np.zeros(CHUNK, np.int32)
-        out = roll(model, params, values, zeros, zeros.astype(np.float32), windows[:, :h], mask, steps)
+        starts = np.linspace(0, held.frames.shape[1] - h - steps, windows).astype(int)
+        which = np.arange(windows) % len(held.frames)
+        true = held.frames[which[:, None], starts[:, None] + np.arange(h + steps)]
+        mask = np.tile(worlds.mask_of(family, config.families), (CHUNK, 1))
+        chunks = [true[first : first + CHUNK] for first in range(0, windows, CHUNK)]
+        strength = np.zeros(CHUNK, np.float32)
+        out = np.concatenate([roll(model, params, values, zeros, strength, x[:, :h], mask, steps) for x in chunks])
         for name, step in (("one", 0), ("six", min(5, steps - 1))):
-            true = windows[:, h + step]
-            error, still = (jnp.square(x - true).sum() for x in (out[:, step], windows[:, h - 1]))
+            error, still = (np.square(x - true[:, h + step]).sum() for x in (out[:, step], true[:, h - 1]))
             found[f"{name}/{family}"] = float(error / still)
     return found
 
@@ -302,9 +306,9 @@ def film(
         window, shown = start.frames[s], [start.frames[s, -1:]]
         strength = np.asarray(alphas, np.float32)[a]
         for _ in range(-(-config.film_steps // config.horizon)):
-            out = roll(model, params, values, layers, strength, window, start.mask[s], config.horizon)
+            out = np.asarray(roll(model, params, values, layers, strength, window, start.mask[s], config.horizon))
             shown.append(out)
-            window = jnp.concatenate([window, out], 1)[:, -config.history :]
+            window = np.concatenate([window, out], 1)[:, -config.history :]
         done.append(np.concatenate(shown, 1)[: len(chunk), : config.film_steps + 1])
     whole = np.concatenate(done)
     return whole.reshape(len(alphas), n, *whole.shape[1:])
@@ -312,7 +316,7 @@ def film(
 
 def joined(parts: Sequence[worlds.States]) -> worlds.States:
     """States of several families behind one another, without how they go on."""
-    arrays = [jnp.concatenate([getattr(part, name) for part in parts]) for name in ("frames", "mask", "velocity")]
+    arrays = [np.concatenate([getattr(part, name) for part in parts]) for name in ("frames", "mask", "velocity")]
     return worlds.States(np.concatenate([part.family for part in parts]), *arrays)
 
 

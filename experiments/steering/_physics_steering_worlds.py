@@ -10,7 +10,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mechlab.core.rng import stream
@@ -42,57 +41,64 @@ def mask_of(family: str, families: tuple[str, ...]) -> np.ndarray:
     return np.asarray([float(name in SLOTS[family]) for name in fields_of(families)], np.float32)
 
 
-def fill(shown: Any, family: str, families: tuple[str, ...]) -> jax.Array:
+def fill(shown: Any, family: str, families: tuple[str, ...]) -> np.ndarray:
     """A simulation's frames (..., f, X, Y) in the channels of all families, (..., F, X, Y)."""
-    shown = jnp.asarray(shown)
-    names = SLOTS[family]
-    zero = jnp.zeros_like(shown[..., 0, :, :])
-    return jnp.stack([shown[..., names.index(f), :, :] if f in names else zero for f in fields_of(families)], -3)
+    shown, names = np.asarray(shown), SLOTS[family]
+    zero = np.zeros_like(shown[..., 0, :, :])
+    return np.stack([shown[..., names.index(f), :, :] if f in names else zero for f in fields_of(families)], -3)
 
 
 class Runs(NamedTuple):
     """Simulations of one family: frames (n, T, F, X, Y), velocity (n, 2) ((1, 0) but for advect), nu and D (n,)."""
 
-    frames: jax.Array
-    velocity: jax.Array
-    nu: jax.Array
-    diffusivity: jax.Array
+    frames: np.ndarray
+    velocity: np.ndarray
+    nu: np.ndarray
+    diffusivity: np.ndarray
+
+    def rows(self, keep: Any) -> Runs:
+        """Some of the runs."""
+        return Runs(*(x[keep] for x in self))
 
 
 def simulate(
-    key: jax.Array, family: str, n: int, frames: int, config: Any, *, base: bool = False, **fixed: Any
+    key: jax.Array, family: str, n: int, frames: int, config: Any, *, base: bool = False, **fixed: float
 ) -> Runs:
     """Runs with parameters drawn over the range of training or, with ``base``, of base states; ``fixed`` sets some.
 
-    ``fixed``: ``diffusivity`` (also nu), ``amplitude``, ``speed`` as a factor, each a number.
+    ``fixed``: ``diffusivity`` (also nu), ``amplitude``, and ``speed`` as a factor.
     """
-    nu, d, a = (_log_uniform(stream(key, name), n, low, high) for name, low, high in _RANGES)
+    # Seven uniform numbers a run, turned into parameters by NumPy: nothing of that need be compiled.
+    drawn = np.asarray(jax.random.uniform(stream(key, "parameters"), (7, n)))
+
+    def uniform(i: int, low: float, high: float) -> np.ndarray:
+        return (low + (high - low) * drawn[i]).astype(np.float32)
+
+    def log_uniform(i: int, low: float, high: float) -> np.ndarray:
+        return np.exp(uniform(i, np.log(low), np.log(high)))
+
+    nu, d, amplitude = log_uniform(0, 2e-3, 5e-2), log_uniform(1, 2e-3, 5e-2), log_uniform(2, 3e-3, 1.0)
     if "diffusivity" in fixed:
-        nu = d = jnp.full(n, fixed["diffusivity"])
-    a = jnp.full(n, fixed["amplitude"]) if "amplitude" in fixed else a
-    factor = fixed.get("speed", 1.0)
-    ahead = jnp.broadcast_to(jnp.asarray([1.0, 0.0]), (n, 2))
-    state, grid = stream(key, "state"), config.grid
+        nu = d = np.full(n, fixed["diffusivity"], np.float32)
+    if "amplitude" in fixed:
+        amplitude = np.full(n, fixed["amplitude"], np.float32)
+    ahead = np.tile(np.float32([1, 0]), (n, 1))
+    state, sizes = stream(key, "state"), {"frames": frames, "grid": config.grid}
     if family == "shear":
-        speed = _uniform(stream(key, "speed"), n, *((0.8, 1.1) if base else (0.6, 1.6)))
-        shown = flows.simulate_shear(
-            state, n, nu=nu, diffusivity=d, amplitude=a, speed=factor * speed, frames=frames, grid=grid
-        )
+        speed = fixed.get("speed", 1.0) * uniform(3, *((0.8, 1.1) if base else (0.6, 1.6)))
+        shown = flows.simulate_shear(state, n, nu=nu, diffusivity=d, amplitude=amplitude, speed=speed, **sizes)
     elif family == "advect":
-        speed = _uniform(stream(key, "speed"), n, *((0.4, 1.05) if base else (0.2, 1.6)))
-        angle = _uniform(stream(key, "angle"), n, 0, 2 * np.pi)
-        ahead = factor * speed[:, None] * jnp.stack([jnp.cos(angle), jnp.sin(angle)], 1)
-        shown = flows.simulate_advect(state, n, velocity=ahead, diffusivity=d, frames=frames, grid=grid)
+        speed = fixed.get("speed", 1.0) * uniform(3, *((0.4, 1.05) if base else (0.2, 1.6)))
+        angle = uniform(4, 0, 2 * np.pi)
+        ahead = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+        shown = flows.simulate_advect(state, n, velocity=ahead, diffusivity=d, **sizes)
     elif family == "gray_scott":
-        feed = _uniform(stream(key, "feed"), n, 0.014, 0.05)
-        kill = _uniform(stream(key, "kill"), n, 0.05, 0.063)
-        shown = flows.simulate_gray_scott(state, n, feed=feed, kill=kill, frames=frames, grid=grid)
+        feed, kill = uniform(5, 0.014, 0.05), uniform(6, 0.05, 0.063)
+        shown = flows.simulate_gray_scott(state, n, feed=feed, kill=kill, **sizes)
     elif family == "wave":
-        speed = _uniform(stream(key, "speed"), n, 0.5, 1.5)
-        shown = flows.simulate_wave(state, n, speed=speed, frames=frames, grid=grid)
+        shown = flows.simulate_wave(state, n, speed=uniform(3, 0.5, 1.5), **sizes)
     else:
-        thick = _log_uniform(stream(key, "thick"), n, 0.03, 0.2)
-        shown = flows.simulate_burgers(state, n, nu=thick, frames=frames, grid=grid)
+        shown = flows.simulate_burgers(state, n, nu=log_uniform(0, 0.03, 0.2), **sizes)
     return Runs(fill(shown, family, config.families), ahead, nu, d)
 
 
@@ -108,9 +114,9 @@ class States(NamedTuple):
     """
 
     family: np.ndarray
-    frames: jax.Array
-    mask: jax.Array
-    velocity: jax.Array
+    frames: np.ndarray
+    mask: np.ndarray
+    velocity: np.ndarray
     truth: Any = None
     other: Any = None
 
@@ -129,44 +135,52 @@ def states(key: jax.Array, family: str, n: int, horizon: int, config: Any) -> St
     h = config.history
     runs = simulate(key, family, n, h + config.branch, config, base=True)
     frames = runs.frames[:, -h:]
-    mask = jnp.broadcast_to(jnp.asarray(mask_of(family, config.families)), (n, frames.shape[2]))
+    mask = np.tile(mask_of(family, config.families), (n, 1))
     names = np.full(n, family)
     if family not in ("shear", "advect"):
         return States(names, frames, mask, runs.velocity)
-    factors = jnp.repeat(jnp.asarray([1.0, FAST, SLOW]), n)
-    last, nu, d = (jnp.concatenate([x] * 3) for x in (frames[:, -1], runs.nu, runs.diffusivity))
+    factors = np.repeat(np.float32([1, FAST, SLOW]), n)
+    last, nu, d = (np.concatenate([x] * 3) for x in (frames[:, -1], runs.nu, runs.diffusivity))
     after = go_on(last, factors, nu, d, family, config.families, horizon + 1)[:, 1:]
     after = after.reshape(3, n, *after.shape[1:])
     return States(names, frames, mask, runs.velocity, after[0], after[1:])
 
 
-@functools.partial(jax.jit, static_argnames=("family", "families", "frames"))
 def go_on(
-    last: jax.Array,
-    factor: jax.Array,
-    nu: jax.Array,
-    diffusivity: jax.Array,
+    last: np.ndarray,
+    factor: np.ndarray,
+    nu: np.ndarray,
+    diffusivity: np.ndarray,
     family: str,
     families: tuple[str, ...],
     frames: int,
-) -> jax.Array:
+) -> np.ndarray:
     """From one frame (n, F, X, Y) on, its velocity times ``factor`` (n,): (n, frames, F, X, Y), the first at time 0."""
-    places = [fields_of(families).index(name) for name in SLOTS[family]]
-    u, v, s = (last[:, place] for place in places)
+    u, v, s = (last[:, fields_of(families).index(name)] for name in SLOTS[family])
     if family == "advect":
-        c = factor[:, None] * jnp.stack([u, v], 1).mean((2, 3))
-        shown = flows.evolve_advect(s, c, diffusivity=diffusivity, frames=frames)
+        c = factor[:, None] * np.stack([u, v], 1).mean((2, 3))
+        shown = _advect(s, c, diffusivity, frames)
     else:
-        omega = factor[:, None, None] * flows.vorticity(u, v)
-        shown = flows.evolve_shear(omega, s, nu=nu, diffusivity=diffusivity, frames=frames)
+        shown = _shear(u, v, s, factor, nu, diffusivity, frames)
     return fill(shown, family, families)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _advect(s: Any, c: Any, diffusivity: Any, frames: int) -> jax.Array:
+    return flows.evolve_advect(s, c, diffusivity=diffusivity, frames=frames)
+
+
+@functools.partial(jax.jit, static_argnums=6)
+def _shear(u: Any, v: Any, s: Any, factor: Any, nu: Any, diffusivity: Any, frames: int) -> jax.Array:
+    omega = factor[:, None, None] * flows.vorticity(u, v)
+    return flows.evolve_shear(omega, s, nu=nu, diffusivity=diffusivity, frames=frames)
 
 
 class Pair(NamedTuple):
     """Windows that show a feature and windows that do not, (draws, files, H, F, X, Y) each."""
 
-    feature: jax.Array
-    control: jax.Array
+    feature: np.ndarray
+    control: np.ndarray
 
 
 def matched_pairs(key: jax.Array, family: str, config: Any) -> dict[str, Pair]:
@@ -176,18 +190,24 @@ def matched_pairs(key: jax.Array, family: str, config: Any) -> dict[str, Pair]:
     """
     h, n = config.history, config.draws * config.pairs
     runs = simulate(stream(key, "base"), family, n, config.latest + 1, config, base=True)
-    at = jax.random.randint(stream(key, "branch"), (n,), 0, config.latest + 1)
-    last = jnp.concatenate([runs.frames[jnp.arange(n), at]] * 4)
-    nu, d = (jnp.concatenate([x, x, *(jnp.full(n, y) for y in (THICK, THIN))]) for x in (runs.nu, runs.diffusivity))
-    factor = jnp.repeat(jnp.asarray([FAST, SLOW, 1.0, 1.0]), n)
-    after = go_on(last, factor, nu, d, family, config.families, h)
-    fast, slow, thick, thin = after.reshape(4, config.draws, config.pairs, *after.shape[1:])
-    found = {f"{family}_speed": Pair(fast, slow), f"{family}_diffusion": Pair(thick, thin)}
-    if family == "shear":
-        same = stream(key, "vorticity")
+    at = np.asarray(jax.random.randint(stream(key, "branch"), (n,), 0, config.latest + 1))
+    last, same = runs.frames[np.arange(n), at], np.ones(n, np.float32)
+    changes = {
+        f"{family}_speed": [(last, x * same, runs.nu, runs.diffusivity) for x in (FAST, SLOW)],
+        f"{family}_diffusion": [(last, same, x * same, x * same) for x in (THICK, THIN)],
+    }
+    wanted = [name for name in changes if name in config.directions]
+    given = [np.concatenate(column) for column in zip(*(one for name in wanted for one in changes[name]), strict=True)]
+    found: dict[str, Pair] = {}
+    if wanted:
+        after = go_on(given[0], given[1], given[2], given[3], family, config.families, h)
+        sets = after.reshape(len(wanted), 2, config.draws, config.pairs, *after.shape[1:])
+        found = {name: Pair(*both) for name, both in zip(wanted, sets, strict=True)}
+    if f"{family}_vorticity" in config.directions:
+        start = stream(key, "vorticity")
         found["shear_vorticity"] = Pair(
             *(
-                _by_draw(simulate(same, family, n, h, config, base=True, amplitude=a).frames, config)
+                _by_draw(simulate(start, family, n, h, config, base=True, amplitude=a).frames, config)
                 for a in (WAVY, LAMINAR)
             )
         )
@@ -204,27 +224,17 @@ def unmatched_pairs(key: jax.Array, family: str, config: Any) -> dict[str, Pair]
         regimes["shear_vorticity"] = ("amplitude", WAVY, LAMINAR)
     h, n = config.history, config.draws * config.pairs
 
-    def windows(key: jax.Array, what: str, value: float) -> jax.Array:
+    def windows(key: jax.Array, what: str, value: float) -> np.ndarray:
         runs = simulate(key, family, n, UNMATCHED_FRAMES, config, base=True, **{what: value})
-        start = jax.random.randint(stream(key, "start"), (n, 1), 0, UNMATCHED_FRAMES - h + 1)
-        return _by_draw(runs.frames[jnp.arange(n)[:, None], start + jnp.arange(h)], config)
+        start = np.asarray(jax.random.randint(stream(key, "start"), (n, 1), 0, UNMATCHED_FRAMES - h + 1))
+        return _by_draw(runs.frames[np.arange(n)[:, None], start + np.arange(h)], config)
 
     return {
         name: Pair(windows(stream(key, name, "F"), what, high), windows(stream(key, name, "G"), what, low))
         for name, (what, high, low) in regimes.items()
+        if name in config.directions
     }
 
 
-def _by_draw(frames: jax.Array, config: Any) -> jax.Array:
+def _by_draw(frames: np.ndarray, config: Any) -> np.ndarray:
     return frames.reshape(config.draws, config.pairs, *frames.shape[1:])
-
-
-_RANGES = (("nu", 2e-3, 5e-2), ("diffusivity", 2e-3, 5e-2), ("amplitude", 3e-3, 1.0))
-
-
-def _uniform(key: jax.Array, n: int, low: float, high: float) -> jax.Array:
-    return jax.random.uniform(key, (n,), minval=low, maxval=high)
-
-
-def _log_uniform(key: jax.Array, n: int, low: float, high: float) -> jax.Array:
-    return jnp.exp(_uniform(key, n, float(np.log(low)), float(np.log(high))))

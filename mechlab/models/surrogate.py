@@ -17,7 +17,7 @@ Sites (scanned ones have a leading axis L)::
     increment           (B, X, Y, F)   what is added to the last frame
 
 Parameters: everything of the blocks under ``blocks`` with a leading axis L. Norms are over all points and channels of a
-sample (spectral) or over the channels of a token (attention). The 3 x 3 convolution is nine shifted copies and one
+sample (spectral) or over the channels of a token (attention). The 3 x 3 convolution is shifted copies and one
 matrix: inside a compiled loop on a CPU that is an order of magnitude faster than a convolution.
 """
 
@@ -28,6 +28,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from mechlab.core.model import Model
@@ -179,16 +180,33 @@ class _Spectral(nn.Module):
         # Half of the variance in each part, and of order one for inputs of order one.
         start = nn.initializers.normal((2 * self.width) ** -0.5)
         real, imaginary = self.param("real", start, shape), self.param("imaginary", start, shape)
-        f = jnp.fft.rfft2(z, axes=(1, 2))
-        f = jnp.concatenate([f[:, :m, :m], f[:, x - m :, :m]], 1)
+        along_x, along_y = _kept_waves(x, m)
+        f = jnp.einsum("yk,bxyc->bxkc", along_y, z).reshape(len(z), x, 2, m, -1)
+        f = jnp.einsum("xpjq,bxpkc->bjkqc", along_x, f)
         # One real product for the complex one: (a + ib)(R + iI) = aR - bI + i(aI + bR).
-        both = jnp.concatenate([f.real, f.imag], -1)
         turn = jnp.concatenate([jnp.concatenate([real, imaginary], -1), jnp.concatenate([-imaginary, real], -1)], -2)
-        mixed = jnp.einsum("bjkc,jkcd->bjkd", both, turn)
-        g = jax.lax.complex(mixed[..., : self.width], mixed[..., self.width :])
-        full = jnp.zeros((len(z), x, y // 2 + 1, self.width), g.dtype)
-        full = full.at[:, :m, :m].set(g[:, :m]).at[:, x - m :, :m].set(g[:, m:])
-        return jnp.fft.irfft2(full, s=(x, y), axes=(1, 2))
+        g = jnp.einsum("bjkc,jkcd->bjkd", f.reshape(*f.shape[:3], -1), turn).reshape(f.shape)
+        g = jnp.einsum("xpjq,bjkqc->bxpkc", along_x, g).reshape(len(z), x, 2 * m, -1)
+        # A real field has every wave with k_y > 0 twice.
+        twice = jnp.tile(jnp.where(jnp.arange(m) > 0, 2.0, 1.0), 2) / (x * y)
+        return jnp.einsum("yk,bxkc->bxyc", twice * along_y, g)
+
+
+def _kept_waves(points: int, modes: int) -> tuple[jax.Array, jax.Array]:
+    """The kept part of a real Fourier transform as matrices; on a CPU that is twice as fast as all of it.
+
+    Returns:
+      (X, 2, 2 m, 2): from the parts p of a field at x to the parts q of exp(-i k_x x) times it, k_x = 0 .. m - 1 and
+      -m .. -1. The same matrix, read backwards, is the inverse.
+      (Y, 2 m): cos(k_y y) and -sin(k_y y), the parts of exp(-i k_y y), k_y = 0 .. m - 1.
+    """
+    x = 2 * np.pi * np.arange(points) / points
+    k = np.concatenate([np.arange(modes), np.arange(-modes, 0)])
+    c, s = np.cos(np.outer(x, k)), np.sin(np.outer(x, k))
+    along_x = np.stack([np.stack([c, -s], -1), np.stack([s, c], -1)], 1)
+    k = np.arange(modes)
+    along_y = np.concatenate([np.cos(np.outer(x, k)), -np.sin(np.outer(x, k))], 1)
+    return jnp.asarray(along_x, jnp.float32), jnp.asarray(along_y, jnp.float32)
 
 
 class _Conv3(nn.Module):
@@ -198,10 +216,14 @@ class _Conv3(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        x, y = z.shape[1:3]
-        wrapped = jnp.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
-        near = [wrapped[:, i : i + x, j : j + y] for i in range(3) for j in range(3)]
-        return Linear((self.width,), init_std=None, name="kernel")(jnp.concatenate(near, -1))
+        channels = z.shape[-1]
+        start = nn.initializers.normal((9 * channels) ** -0.5)
+        kernel = self.param("kernel", start, (3, 3, channels, self.width))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        # Neighbours in x side by side, one matrix for all neighbours in y, whose parts are then shifted and summed.
+        near = jnp.concatenate([jnp.roll(z, 1 - i, 1) for i in range(3)], -1)
+        parts = jnp.tensordot(near, jnp.swapaxes(kernel, 1, 2).reshape(3 * channels, 3, self.width), 1)
+        return sum((jnp.roll(parts[..., j, :], 1 - j, 2) for j in range(3)), bias)
 
 
 class _GroupNorm(nn.Module):

@@ -42,7 +42,7 @@ def test_the_local_part_is_a_periodic_convolution():
 
     z = jax.random.normal(jax.random.key(2), (1, 8, 8, 3))
     params = _Conv3(4).init(jax.random.key(3), z)
-    kernel = params["params"]["kernel"]["kernel"].reshape(3, 3, 3, 4)
+    kernel = params["params"]["kernel"]
     wrapped = jnp.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="wrap")
     wanted = jax.lax.conv_general_dilated(wrapped, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     np.testing.assert_allclose(_Conv3(4).apply(params, z), wanted, rtol=1e-4, atol=1e-5)

@@ -62,7 +62,8 @@ class Config:
       fits: ways to give a direction the state's spatial shape; "drop" is the claims'.
       alphas: strengths.
       randoms: random directions.
-      states, dev, test: of each family: for read-outs (the first of the test states), and for the counterfactual test.
+      states, dev, test: of each family: for read-outs (the first of the test states), and for the counterfactual test;
+        the gate has as many held-out runs as there are test states.
       horizon, film_steps: length of roll-outs.
       controls: also all controls, layers, checkpoints, unmatched pairs, films and the counterfactual test.
     """
@@ -167,7 +168,7 @@ PRESETS: dict[str, Config] = {
 
 def run(key: jax.Array, config: Config, log: Log) -> Result:
     """The whole experiment: simulations, surrogates, directions, roll-outs, claims and figures."""
-    n, held = config.trajectories, config.states
+    n, held = config.trajectories, config.test
     drawn = {  # runs for training and held-out ones, in one program
         family: worlds.simulate(stream(key, "train", family), family, n + held, config.frames, config)
         for family in config.families

@@ -175,7 +175,7 @@ def test_a_film_goes_on_where_a_rollout_ends(tiny):
 
 
 def test_matched_pairs_differ_in_one_thing():
-    config = dataclasses.replace(PRESETS["smoke"], pairs=2)
+    config = dataclasses.replace(PRESETS["smoke"], pairs=2, directions=worlds.DIRECTIONS)
     pairs = worlds.matched_pairs(jax.random.key(0), "advect", config)
     fast, slow = pairs["advect_speed"]
     np.testing.assert_allclose(fast[:, :, 0, 2], slow[:, :, 0, 2], atol=1e-5)
@@ -198,7 +198,8 @@ def test_the_other_speed_starts_from_the_same_frame():
     [
         ({"families": ("advect",)}, "families: wanted shear, advect"),
         ({"kinds": ("graph",)}, "kinds"),
-        ({"directions": ("shear_heat",)}, "directions"),
+        ({"directions": ("shear_heat",)}, "directions: wanted"),
+        ({"directions": ("shear_speed",)}, "controls need"),
         ({"fits": ("pad",)}, "fits"),
         ({"alphas": (0.0, 0.2)}, "0.2 and -0.2"),
         ({"alphas": (0.2, 0.0, -0.2)}, "rising"),

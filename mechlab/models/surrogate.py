@@ -177,8 +177,8 @@ class _Spectral(nn.Module):
     def __call__(self, z: jax.Array) -> jax.Array:
         m, (x, y) = self.modes, z.shape[1:3]
         shape = (2 * m, m, self.width, self.width)
-        # Half of the variance in each part, and of order one for inputs of order one.
-        start = nn.initializers.normal((2 * self.width) ** -0.5)
+        # Nearly nothing, as in the code of that paper: random turns of every mode would first have to be unlearned.
+        start = nn.initializers.normal(self.width**-2.0)
         real, imaginary = self.param("real", start, shape), self.param("imaginary", start, shape)
         along_x, along_y = _kept_waves(x, m)
         f = jnp.einsum("yk,bxyc->bxkc", along_y, z).reshape(len(z), x, 2, m, -1)

@@ -220,10 +220,13 @@ def simulate_advect(
     _check("simulate_advect", n, frames, grid, {"diffusivity": diffusivity})
     if not _traced(velocity) and not np.isfinite(np.asarray(velocity)).all():
         raise ValueError("simulate_advect: velocity must be finite.")
-    shown = evolve_advect(
-        blobs(key, n, grid=grid), jnp.asarray(velocity, jnp.float32), diffusivity=diffusivity, frames=frames
-    )
+    shown = _advect(key, n, jnp.asarray(velocity, jnp.float32), diffusivity, frames, grid)
     return _sound("simulate_advect", shown, {"velocity": velocity, "diffusivity": diffusivity})
+
+
+@functools.partial(jax.jit, static_argnums=(1, 4, 5))
+def _advect(key: Any, n: int, velocity: Any, diffusivity: Any, frames: int, grid: int) -> Any:
+    return evolve_advect(blobs(key, n, grid=grid), velocity, diffusivity=diffusivity, frames=frames)
 
 
 def evolve_gray_scott(
@@ -278,16 +281,16 @@ def simulate_gray_scott(
     """
     given = {"feed": feed, "kill": kill, "kappa": kappa}
     _check("simulate_gray_scott", n, frames, grid, given)
+    return _sound("simulate_gray_scott", _gray_scott(key, n, feed, kill, kappa, frames, grid), given)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 5, 6))
+def _gray_scott(key: Any, n: int, feed: Any, kill: Any, kappa: Any, frames: int, grid: int) -> Any:
     seeds = jax.nn.sigmoid(8 * (jnp.abs(blobs(key, n, grid=grid, count=6)) - 0.5))
-    grown = _gray_scott(seeds, feed, kill, kappa, frames)
-    shift, size = (jnp.asarray(z)[:, None, None] for z in (SHIFT, SIZE))
-    return _sound("simulate_gray_scott", (grown - shift) / size, given)
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _gray_scott(seeds: jax.Array, feed: Any, kill: Any, kappa: Any, frames: int) -> jax.Array:
     parameters = {"feed": feed, "kill": kill, "kappa": kappa}
-    return evolve_gray_scott(1 - seeds / 2, seeds / 4, **parameters, frames=WARM_UP + frames)[:, WARM_UP:]
+    grown = evolve_gray_scott(1 - seeds / 2, seeds / 4, **parameters, frames=WARM_UP + frames)[:, WARM_UP:]
+    shift, size = (jnp.asarray(z)[:, None, None] for z in (SHIFT, SIZE))
+    return (grown - shift) / size
 
 
 def simulate_wave(

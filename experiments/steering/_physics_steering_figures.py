@@ -91,7 +91,7 @@ def matrix(metrics: Mapping[str, Metric]) -> Figure:
     random = [metrics.get(f"{what}/slope/random") for what in READOUTS]
     table.append([np.nan if one is None else max(map(abs, one.per_seed or (one.value,))) for one in random])
     return heat_map(
-        np.asarray(table),
+        np.round(table, 1) + 0.0,
         xlabel="read-out",
         ylabel="direction",
         colour_label="relative change per unit of α",
@@ -222,13 +222,15 @@ def all_fields(made: np.ndarray, states: worlds.States, fields: tuple[str, ...],
 
 
 def energies(made: np.ndarray, states: worlds.States, fields: tuple[str, ...]) -> Figure:
-    """E_v over time, the logarithm of every state, steered and in the simulation."""
+    """Growth of E_v over time, steered and in the simulation."""
     v = fields.index("v")
     runs = {f"α = {alpha:g}": made[a, :, :, v] for a, alpha in enumerate((-0.2, 0.0, 0.2))}
     runs["simulation"] = np.concatenate([states.frames[:, -1:, v], states.truth[:, :, v]], 1)[:, : made.shape[2]]
+    # States differ by orders of magnitude in where they start.
     curves = {name: np.log10(np.asarray(cross_stream_energy(x))) for name, x in runs.items()}
+    curves = {name: x - x[:, :1] for name, x in curves.items()}
     times = INTERVAL * np.arange(made.shape[2])
-    figure = curve_band(times, curves, xlabel="time", ylabel="log10 of E_v")
+    figure = curve_band(times, curves, xlabel="time", ylabel="log10 of E_v / E_v(0)")
     note(
         figure,
         f"line: mean of {len(made[0])} states; band: 95 % (mean ± 1.96 s.e.), below 3 states smallest to largest",

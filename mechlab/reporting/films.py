@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from mechlab.reporting.canvas import arrays, house_style
+from mechlab.reporting.canvas import arrays, house_style, note
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def strip(
       colour_label: what the colours are, with their unit.
       title: heading.
       diverging: colours symmetric about zero.
-      shared: one scale for all rows; else one for each row, and no colour bar.
+      shared: one scale for all rows; else one for each row, and ``colour_label`` in words under the figure.
 
     Raises:
       ValueError: shapes differ, a value is not finite, or a label is empty.
@@ -87,6 +87,8 @@ def strip(
         axes.set_title(name, fontsize=11)
     if shared:
         figure.colorbar(image, ax=list(panels.ravel()), label=colour_label, shrink=0.8).outline.set_visible(False)
+    else:
+        note(figure, colour_label)
     return figure
 
 

@@ -73,7 +73,7 @@ def list_patches(
         for k, one in enumerate(reads[name]):
             patches.append(lab.Patch(f"{name}@shuffled", k, one.shuffled[layer], layer, strong))
             patches += [
-                lab.Patch(f"{name}@{fit}", k, one.delta[layer], layer, strong, fit)  # type: ignore[arg-type]
+                lab.Patch(f"{name}@{fit}", k, one.delta[layer], layer, strong, fit)
                 for fit in config.fits
                 if fit != "drop"
             ]
@@ -94,7 +94,7 @@ def in_output_space(bench: Bench, params: Any, reads: dict[str, list[lab.Read]])
     start, config, n = bench.start, bench.config, len(bench.start.mask)
     alphas = (-measures.STRONG, measures.STRONG)
     frames, mask, velocity = (np.concatenate([x, x]) for x in (start.frames, start.mask, start.velocity))
-    strength = np.repeat(np.float32(alphas), n)[:, None, None, None]
+    strength = np.repeat(np.asarray(alphas, np.float32), n)[:, None, None, None]
     outcome: lab.Outcome = {}
     for name in worlds.MAIN:
         of_draws = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -189,10 +190,10 @@ def moving(config: Any, films: Mapping[str, Any]) -> dict[str, Figure | Film]:
         if name in ("shear_vorticity on shear", "shear_speed on advect"):
             figures[f"film_{slug}"] = film(shown, times=times, colour_label=label)
     if "shear_diffusion on shear" in films:
-        figures["fields_diffusion"] = all_fields(*films["shear_diffusion on shear"], fields, config.horizon)
+        figures["fields_diffusion"] = all_fields(films["shear_diffusion on shear"], fields, config.horizon)
     for name in ("shear_speed on shear", "shear_vorticity on shear"):
         if name in films:
-            figures[f"energy_{name.replace(' ', '_')}"] = energies(*films[name], fields)
+            figures[f"energy_{name.replace(' ', '_')}"] = energies(films[name], fields)
     return figures
 
 
@@ -211,8 +212,9 @@ def view(frames: Any, fields: tuple[str, ...], label: str) -> np.ndarray:
     return np.asarray(frames[:, fields.index("s" if label == "tracer s" else "V")])
 
 
-def all_fields(made: np.ndarray, states: worlds.States, fields: tuple[str, ...], step: int) -> Figure:
+def all_fields(shown: tuple[np.ndarray, worlds.States], fields: tuple[str, ...], step: int) -> Figure:
     """u, v, vorticity and tracer of one state under three strengths, after ``step`` steps."""
+    made, states = shown
     which = typical(states, fields)
     ends = made[:, which, step]
     rows = {name: ends[:, fields.index(name)] for name in ("u", "v", "s")}
@@ -221,13 +223,14 @@ def all_fields(made: np.ndarray, states: worlds.States, fields: tuple[str, ...],
     return strip(rows, times=columns, colour_label="each row has its own scale, white is 0", shared=False)
 
 
-def energies(made: np.ndarray, states: worlds.States, fields: tuple[str, ...]) -> Figure:
+def energies(shown: tuple[np.ndarray, worlds.States], fields: tuple[str, ...]) -> Figure:
     """Growth of E_v over time, steered and in the simulation."""
+    made, states = shown
     v = fields.index("v")
     runs = {f"α = {alpha:g}": made[a, :, :, v] for a, alpha in enumerate((-0.2, 0.0, 0.2))}
     runs["simulation"] = np.concatenate([states.frames[:, -1:, v], states.truth[:, :, v]], 1)[:, : made.shape[2]]
     # States differ by orders of magnitude in where they start.
-    curves = {name: np.log10(np.asarray(cross_stream_energy(x))) for name, x in runs.items()}
+    curves = {name: np.log10(np.asarray(cross_stream_energy(jnp.asarray(x)))) for name, x in runs.items()}
     curves = {name: x - x[:, :1] for name, x in curves.items()}
     times = INTERVAL * np.arange(made.shape[2])
     figure = curve_band(times, curves, xlabel="time", ylabel="log10 of E_v / E_v(0)")

@@ -182,8 +182,8 @@ def measure(
         for first in range(0, len(rows), CHUNK):
             chunk = rows[first : first + CHUNK]
             full = chunk + [chunk[0]] * (CHUNK - len(chunk))  # one shape, one program
-            p, alpha, s = (np.asarray(column) for column in zip(*full, strict=True))
-            layer, strength = np.asarray([patches[i].layer for i in p]), alpha.astype(np.float32)
+            p, strength, s = (np.asarray(column) for column in zip(*full, strict=True))
+            layer, strength = np.asarray([patches[i].layer for i in p]), strength.astype(np.float32)
             out = roll(model, params, values[p], layer, strength, frames[s], mask[s], config.horizon)
             seen = read(frames[s, -1], out, velocity[s], worlds.fields_of(config.families))
             found.append({what: np.asarray(x)[: len(chunk)] for what, x in seen.items()})

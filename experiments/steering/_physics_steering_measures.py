@@ -109,8 +109,8 @@ def oddness(up: np.ndarray, down: np.ndarray, zero: np.ndarray) -> np.ndarray:
 
 def cosine(a: jax.Array, b: jax.Array) -> float:
     """Between the channel vectors of two directions."""
-    a, b = (np.asarray(ps.channel_vector(x), float) for x in (a, b))
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+    v, w = (np.asarray(ps.channel_vector(x), float) for x in (a, b))
+    return float(v @ w / np.linalg.norm(v) / np.linalg.norm(w))
 
 
 def distance(outcome: Mapping[str, np.ndarray], other: Any) -> np.ndarray:

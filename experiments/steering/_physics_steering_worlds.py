@@ -82,7 +82,7 @@ def simulate(
         nu = d = np.full(n, fixed["diffusivity"], np.float32)
     if "amplitude" in fixed:
         amplitude = np.full(n, fixed["amplitude"], np.float32)
-    ahead = np.tile(np.float32([1, 0]), (n, 1))
+    ahead = np.tile(np.asarray([1, 0], np.float32), (n, 1))
     state, sizes = stream(key, "state"), {"frames": frames, "grid": config.grid}
     if family == "shear":
         speed = fixed.get("speed", 1.0) * uniform(3, *((0.8, 1.1) if base else (0.6, 1.6)))
@@ -124,22 +124,24 @@ class States(NamedTuple):
         """Some of the states."""
         return States(
             self.family[keep],
-            *(x[keep] for x in (self.frames, self.mask, self.velocity)),
+            self.frames[keep],
+            self.mask[keep],
+            self.velocity[keep],
             None if self.truth is None else self.truth[keep],
             None if self.other is None else self.other[:, keep],
         )
 
 
 def states(key: jax.Array, family: str, n: int, horizon: int, config: Any) -> States:
-    """Base states, and how they go on for ``horizon`` frames, at their own and at both other speeds."""
+    """Base states and, for the controls, the ``horizon`` frames after them, at their own and both other speeds."""
     h = config.history
     runs = simulate(key, family, n, h + config.branch, config, base=True)
     frames = runs.frames[:, -h:]
     mask = np.tile(mask_of(family, config.families), (n, 1))
     names = np.full(n, family)
-    if family not in ("shear", "advect"):
+    if family not in ("shear", "advect") or not config.controls:
         return States(names, frames, mask, runs.velocity)
-    factors = np.repeat(np.float32([1, FAST, SLOW]), n)
+    factors = np.repeat(np.asarray([1, FAST, SLOW], np.float32), n)
     last, nu, d = (np.concatenate([x] * 3) for x in (frames[:, -1], runs.nu, runs.diffusivity))
     after = go_on(last, factors, nu, d, family, config.families, horizon + 1)[:, 1:]
     after = after.reshape(3, n, *after.shape[1:])

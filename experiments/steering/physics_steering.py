@@ -180,7 +180,8 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     for kind in config.kinds:
         model, records = lab.train(stream(key, "surrogate", kind), kind, data, config, log)
         bench = bench._replace(model=model)
-        found, hits, shown = [], [], {}
+        found, hits = [], []
+        shown: dict[str, Any] = {}
         for seed in range(config.models):
             numbers, closer, seen = one_surrogate(stream(key, kind, seed), bench, records, seed, log)
             found.append(numbers)

@@ -103,7 +103,7 @@ class Result:
 
     metrics: dict[str, Metric]
     claims: tuple[ClaimResult, ...] = ()
-    figures: dict[str, Figure | Film] = field(default_factory=dict)
+    figures: Mapping[str, Figure | Film] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         bad = [name for name in self.figures if not re.fullmatch(r"\w[\w-]*", name)]

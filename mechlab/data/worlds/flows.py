@@ -243,7 +243,7 @@ def evolve_gray_scott(
     feed, kill, kappa = (_column(z, n)[..., None] for z in (feed, kill, kappa))
 
     def laplacian(z: jax.Array) -> jax.Array:
-        return sum(jnp.roll(z, shift, axis) for shift in (-1, 1) for axis in (-2, -1)) - 4 * z  # type: ignore[return-value]
+        return sum(jnp.roll(z, shift, axis) for shift in (-1, 1) for axis in (-2, -1)) - 4 * z
 
     def step(state: Any, _: None) -> Any:
         u, v = state

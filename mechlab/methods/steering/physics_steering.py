@@ -311,7 +311,7 @@ def effective_speed(
         return (weight * z).sum((-2, -1))
 
     xx, xy, yy, px, py = over(kx * kx), over(kx * ky), over(ky * ky), over(kx * phase), over(ky * phase)
-    det = (xx * yy - xy**2) * -t
+    det = -(xx * yy - xy**2) * t
     c = jnp.stack([yy * px - xy * py, xx * py - xy * px], -1) / det[..., None]
     return (c * v).sum(-1) / jnp.linalg.norm(v, axis=-1)
 

@@ -186,7 +186,7 @@ def test_matched_pairs_differ_in_one_thing():
 
 
 def test_the_other_speed_starts_from_the_same_frame():
-    config = PRESETS["smoke"]
+    config = dataclasses.replace(PRESETS["smoke"], controls=True, directions=worlds.DIRECTIONS)
     states = worlds.states(jax.random.key(3), "shear", 2, 1, config)
     last, fast, slow = states.frames[:, -1], states.other[0, :, 0], states.other[1, :, 0]
     moved = [float(jnp.abs(x[:, 2] - last[:, 2]).mean()) for x in (fast, states.truth[:, 0], slow)]

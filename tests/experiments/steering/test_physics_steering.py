@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.steering import _physics_steering_figures as draw
 from experiments.steering import _physics_steering_lab as lab
 from experiments.steering import _physics_steering_measures as measures
 from experiments.steering import _physics_steering_worlds as worlds
@@ -172,6 +173,25 @@ def test_a_film_goes_on_where_a_rollout_ends(tiny):
     np.testing.assert_array_equal(made[1, :, 0], start.frames[:, -1])
     plain = ps.rollout(model, params, start.frames, start.mask, 3)
     np.testing.assert_allclose(made[0, :, 1:], np.swapaxes(plain, 0, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_films_strips_and_energies_are_drawn():
+    config = PRESETS["smoke"]
+    rng = np.random.default_rng(0)
+
+    def shown(family):
+        x = rng.normal(size=(2, 3, 3, 16, 16)).astype(np.float32)
+        truth = rng.normal(size=(2, 6, 3, 16, 16)).astype(np.float32)
+        states = worlds.States(np.full(2, family), x, np.ones((2, 3)), np.ones((2, 2)), truth)
+        return rng.normal(size=(3, 2, 7, 3, 16, 16)).astype(np.float32), states
+
+    films = {f"shear_{name} on shear": shown("shear") for name in ("vorticity", "speed", "diffusion")}
+    drawn = draw.moving(config, films | {"shear_speed on advect": shown("advect")})
+    assert set(drawn) == {
+        *(f"strip_shear_{name}" for name in ("vorticity_on_shear", "speed_on_shear", "speed_on_advect")),
+        *("film_shear_vorticity_on_shear", "film_shear_speed_on_advect", "fields_diffusion"),
+        *("energy_shear_speed_on_shear", "energy_shear_vorticity_on_shear"),
+    }
 
 
 def test_matched_pairs_differ_in_one_thing():

@@ -298,14 +298,7 @@ def simulate_wave(
 ) -> Float[Array, "n frames 2 X Y"]:
     """Waves from blobs at rest, exact: p_k(t) = p_k(0) cos(c |k| t); fields p and p_t.
 
-    Args:
-      key: typed key.
-      n: number of runs.
-      speed: c, (n,) or a number.
-      frames, grid: sizes.
-
-    Raises:
-      ValueError, FloatingPointError: as ``simulate_shear``.
+    ``speed`` is c, (n,) or a number; the rest, and what is raised, is as in ``simulate_shear``.
     """
     _check("simulate_wave", n, frames, grid, {"speed": speed})
     kx, ky = wavenumbers(grid)
@@ -321,14 +314,8 @@ def simulate_burgers(
 ) -> Float[Array, "n frames 2 X Y"]:
     """Burgers' equation from blobs of velocity; fields u and v.
 
-    Args:
-      key: typed key.
-      n: number of runs.
-      nu: (n,) or a number; below about 0.02 shocks are thinner than a 32-point grid.
-      frames, grid: sizes.
-
-    Raises:
-      ValueError, FloatingPointError: as ``simulate_shear``.
+    ``nu`` is (n,) or a number; below about 0.02 shocks are thinner than a 32-point grid. The rest, and what is raised,
+    is as in ``simulate_shear``.
     """
     _check("simulate_burgers", n, frames, grid, {"nu": nu})
     kx, ky = wavenumbers(grid)

@@ -77,7 +77,7 @@ def _run_and_save(module: ModuleType, config: Any, identity: Mapping[str, Any], 
     began = time.monotonic()
     result: Result = module.run(jax.random.key(identity["seed"]), config, log)
     seconds = time.monotonic() - began
-    paths = [f"figures/{name}.png" for name in result.figures]
+    paths = [f"figures/{figures.file_name(*item)}" for item in result.figures.items()]
     record = to_record(result, **identity, device=_device(), versions=_versions(), seconds=seconds, figures=paths)
     try:
         for path, figure in zip(paths, result.figures.values(), strict=True):

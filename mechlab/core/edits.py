@@ -77,6 +77,40 @@ class AddRenormed:
 
 
 @edit
+class AddRelative:
+    """``x + alpha * v * |x| / |v|``: alpha is the length of the patch over that of the state.
+
+    Both lengths are Euclidean, in float32, over all axes but B and T, and v is ``value`` broadcast to x. A zero value
+    adds nothing (Fear et al. 2025, arXiv 2511.20798).
+
+    Attributes:
+      value: v, of any length.
+      alpha: signed strength; scalar, or anything that broadcasts against x.
+      renormalise: scale the sum back to |x|.
+    """
+
+    value: jax.Array
+    alpha: jax.Array
+    renormalise: bool = struct.field(pytree_node=False, default=False)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        over = tuple(i for i, axis in enumerate(context.axes) if axis not in "BT")
+
+        def length(z: jax.Array) -> jax.Array:
+            # float16 would overflow in the sum of squares, so that is made in float32.
+            return jnp.sqrt(jnp.square(z.astype(jnp.float32)).sum(over, keepdims=True))
+
+        v = jnp.broadcast_to(self.value, x.shape)
+        before, of_patch = length(x), length(v)
+        patch = self.alpha * v * jnp.where(of_patch > 0, before / jnp.where(of_patch > 0, of_patch, 1), 0)
+        moved = x + patch
+        if not self.renormalise:
+            return moved
+        after = length(moved)
+        return moved * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+
+
+@edit
 class Scale:
     """``x * factor``."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import product
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import matplotlib
 import numpy as np
@@ -39,20 +39,21 @@ QUIET_INK = "#555555"
 _REACHES = (9, 22, 40, 60)
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
 _Arguments = ParamSpec("_Arguments")
+_Drawn = TypeVar("_Drawn")
 
 
-def house_style(plot: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
+def house_style(plot: Callable[_Arguments, _Drawn]) -> Callable[_Arguments, _Drawn]:
     """Run ``plot`` under the house style and leave the caller's matplotlib settings as they were.
 
     Args:
-      plot: a function that draws a figure.
+      plot: a function that draws a figure or a film.
 
     Returns:
       The same function, in style.
     """
 
     @wraps(plot)
-    def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Figure:
+    def styled(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Drawn:
         with matplotlib.rc_context(STYLE):
             return plot(*args, **kwargs)
 

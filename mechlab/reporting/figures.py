@@ -34,6 +34,7 @@ from mechlab.reporting.canvas import (
     name_points,
     note,
 )
+from mechlab.reporting.films import Film
 
 
 @house_style
@@ -298,8 +299,13 @@ def histogram(
     return figure
 
 
-def save(figure: Figure, path: Path, overwrite: bool = False) -> None:
-    """Write a figure as an image, at 150 dots per inch.
+def file_name(name: str, figure: Figure | Film) -> str:
+    """The file that a figure is kept in: PNG, or GIF for a film."""
+    return f"{name}.gif" if isinstance(figure, Film) else f"{name}.png"
+
+
+def save(figure: Figure | Film, path: Path, overwrite: bool = False) -> None:
+    """Write a figure as an image, at 150 dots per inch, or a film as an animation.
 
     Args:
       figure: the figure.

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from mechlab.reporting.films import Film
+
 SCHEMA = 1
 STATUSES = ("holds", "fails", "not_judged")
 
@@ -96,12 +98,12 @@ class Result:
     Attributes:
       metrics: every measured number by name, such as ``"accuracy/gain_only"``.
       claims: the judged claims, see :func:`judge_claims`.
-      figures: figures by name; the name is the file's stem and, in the gallery, the caption.
+      figures: figures and films by name; the name is the file's stem and, in the gallery, the caption.
     """
 
     metrics: dict[str, Metric]
     claims: tuple[ClaimResult, ...] = ()
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: Mapping[str, Figure | Film] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         bad = [name for name in self.figures if not re.fullmatch(r"\w[\w-]*", name)]

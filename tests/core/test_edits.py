@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mechlab.core.edits import (
     Add,
+    AddRelative,
     Chain,
     Clamp,
     Gate,
@@ -536,3 +537,36 @@ def test_every_edit_survives_jit_vmap_and_grad_at(name: str) -> None:
     assert jax.tree.structure(gradient) == jax.tree.structure(floating)
     doubled = jax.tree.map(lambda x: jnp.stack([x, x]), floating)
     close(jax.jit(jax.vmap(loss))(doubled), [loss(floating)] * 2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(D,), (T, D), (B, T, D)])
+@pytest.mark.parametrize("alpha", [0.3, -1.5])
+def test_a_relative_patch_is_a_share_of_the_states_length(shape: tuple[int, ...], alpha: float) -> None:
+    v = np.broadcast_to(np.asarray(normal(*shape)), X.shape)
+    x = np.asarray(X)
+    wanted = x + alpha * v * np.linalg.norm(x, axis=-1, keepdims=True) / np.linalg.norm(v, axis=-1, keepdims=True)
+    close(AddRelative(normal(*shape), jnp.float32(alpha))(X, STREAM), wanted)
+    close(AddRelative(7 * normal(*shape), jnp.float32(alpha))(X, STREAM), wanted)
+    turned = AddRelative(normal(*shape), jnp.float32(alpha), renormalise=True)(X, STREAM)
+    close(jnp.linalg.norm(turned, axis=-1), np.linalg.norm(x, axis=-1))
+    close(turned * np.linalg.norm(wanted, axis=-1, keepdims=True), wanted * np.linalg.norm(x, axis=-1, keepdims=True))
+
+
+def test_a_relative_patch_measures_all_axes_but_batch_and_time() -> None:
+    field, context = normal(2, 3, 4, 5), Context(("B", "X", "Y", "D"))
+    patch = AddRelative(normal(5, seed=3), jnp.float32(0.5))(field, context) - field
+    close(jnp.linalg.norm(patch.reshape(2, -1), axis=1), 0.5 * jnp.linalg.norm(field.reshape(2, -1), axis=1))
+
+
+def test_a_relative_patch_of_no_strength_no_value_or_no_state_is_none() -> None:
+    np.testing.assert_array_equal(AddRelative(normal(D), jnp.float32(0.0))(X, STREAM), X)
+    np.testing.assert_array_equal(AddRelative(jnp.zeros(D), jnp.float32(1.0))(X, STREAM), X)
+    for renormalise in (False, True):
+        zero = AddRelative(normal(D), jnp.float32(1.0), renormalise)(jnp.zeros_like(X), STREAM)
+        np.testing.assert_array_equal(zero, jnp.zeros_like(X))
+
+
+def test_a_relative_patch_of_half_precision_does_not_overflow() -> None:
+    large = jnp.full((1, 300, 300, 4), 30.0, jnp.float16)
+    moved = AddRelative(jnp.ones(4, jnp.float16), jnp.float32(1.0))(large, Context(("B", "X", "Y", "D")))
+    close(moved, jnp.full(large.shape, 60.0))

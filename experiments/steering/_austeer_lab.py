@@ -206,22 +206,22 @@ def _settings(model: Model, ks: Sequence[int], alphas: Sequence[float]) -> dict[
     config = model.module.config
     budget = len(SITES) * len(ks) * len(alphas)
     kept = [k for k in (1, 2, 4, 8, 16) if k <= config.layers * config.heads]
-    layers = np.arange(config.layers)
+    layers, sites = jnp.arange(config.layers), jnp.arange(2)
 
-    def strengths(low: float, high: float, n: int) -> np.ndarray:
-        return np.geomspace(low, high, max(2, n)).astype(np.float32)
+    def strengths(low: float, high: float, n: int) -> jax.Array:
+        return jnp.asarray(np.geomspace(low, high, max(2, n)), jnp.float32)
 
-    units = grid(site=np.arange(2), k=np.asarray(ks), alpha=np.asarray(alphas, np.float32))
+    units = grid(site=sites, k=jnp.asarray(ks), alpha=jnp.asarray(alphas, jnp.float32))
     return {
         "austeer": units,
         "sadi": units,
         "block": grid(
-            site=np.arange(2),
+            site=sites,
             layer=layers,
             alpha=strengths(min(alphas), max(alphas), budget // (2 * config.layers)),
         ),
         "caa": grid(layer=layers, alpha=strengths(0.25, 8, budget // config.layers)),
-        "iti": grid(k=np.asarray(kept), alpha=strengths(0.5, 16, budget // len(kept))),
+        "iti": grid(k=jnp.asarray(kept), alpha=strengths(0.5, 16, budget // len(kept))),
     }
 
 
@@ -281,8 +281,9 @@ def _controls(
 
     def of_seed(seed: jax.Array, one: Reading, place: jax.Array, k: jax.Array, alpha: jax.Array) -> Arm:
         # Sites are as wide as each other in our models, so the chosen one's numbers can be picked first.
+        first, second = SITES
         scores, momentum, steadiness = (
-            jnp.where(place == 0, *(of[site] for site in SITES)) for of in (one.scores, one.momentum, one.steadiness)
+            jnp.where(place == 0, of[first], of[second]) for of in (one.scores, one.momentum, one.steadiness)
         )
         mean = austeer.au_mask(austeer.au_scores(momentum, "mean"), k, 1.0)
         # The mean momentum has the unit of an activation: it steers as strongly, on average, as the signs do.

@@ -73,7 +73,7 @@ class AddRenormed:
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         moved = x + self.value
         before, after = (jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (x, moved))
-        return moved * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+        return moved * _ratio(before, after)
 
 
 @edit
@@ -101,13 +101,8 @@ class AddRelative:
             return jnp.sqrt(jnp.square(z.astype(jnp.float32)).sum(over, keepdims=True))
 
         v = jnp.broadcast_to(self.value, x.shape)
-        before, of_patch = length(x), length(v)
-        patch = self.alpha * v * jnp.where(of_patch > 0, before / jnp.where(of_patch > 0, of_patch, 1), 0)
-        moved = x + patch
-        if not self.renormalise:
-            return moved
-        after = length(moved)
-        return moved * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+        moved = x + self.alpha * v * _ratio(length(x), length(v))
+        return moved * _ratio(length(x), length(moved)) if self.renormalise else moved
 
 
 @edit
@@ -401,6 +396,11 @@ _hard_gate.defjvp(_hard_gate_jvp, symbolic_zeros=True)
 def _orthonormal(directions: jax.Array) -> jax.Array:
     columns = directions[:, None] if directions.ndim == 1 else directions
     return jnp.linalg.qr(columns)[0]
+
+
+def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:
+    """above / below, and 0 where below is 0."""
+    return jnp.where(below > 0, above / jnp.where(below > 0, below, 1), 0)
 
 
 def _inside(start: jax.Array, stop: jax.Array, context: Context) -> jax.Array:

@@ -1,6 +1,6 @@
 """Flows: small worlds of physics on a periodic square, simulated from a key.
 
-The square is [0, 2 pi)^2 with X x Y points; axis X is x, axis Y is y. Frames are ``INTERVAL`` = 0.25 apart.
+The square is [0, 2 pi)^2 with X x Y points; axis X is x, axis Y is y. Frames are ``INTERVAL`` = 0.25 apart::
 
     shear        w_t + u.grad w = nu lap w,  s_t + u.grad s = D lap s          fields u, v, s
     advect       s_t + c.grad s = D lap s, c constant: exact in Fourier space  fields c_x, c_y, s

@@ -7,24 +7,13 @@ on a TPU the backward pass is near the limit of the vector unit.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from mechlab.kernels.cost import Cost
 
 FORWARD_FLOPS = 21
 """Per element: |x|, two Horner schemes (10 and 8), one reciprocal, one product."""
 
 BACKWARD_FLOPS = 62
 """Per element: |x|, its sign and F(x) again (22), both slopes (15), dx (4), ten summands and their sums (21)."""
-
-
-class Cost(NamedTuple):
-    """Bytes to and from memory, and floating-point operations."""
-
-    bytes: int
-    flops: int
-
-    def floor(self, bandwidth: float) -> float:
-        """Seconds that the bytes take at ``bandwidth`` bytes per second: no kernel is faster."""
-        return self.bytes / bandwidth
 
 
 def forward_cost(elements: int, itemsize: int, groups: int) -> Cost:

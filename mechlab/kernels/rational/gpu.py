@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mechlab.kernels.rational.cost import Cost, backward_cost, forward_cost
+from mechlab.kernels.cost import Cost
+from mechlab.kernels.rational.cost import backward_cost, forward_cost
 from mechlab.kernels.rational.reference import DENOMINATOR, NUMERATOR, collect, gradient, shape_like, value
 
 TILE = 8192

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mechlab.kernels.rational.cost import Cost, backward_cost, forward_cost
+from mechlab.kernels.cost import Cost
+from mechlab.kernels.rational.cost import backward_cost, forward_cost
 from mechlab.kernels.rational.reference import DENOMINATOR, NUMERATOR, collect, gradient, shape_like, spread, value
 
 STRIP = 16

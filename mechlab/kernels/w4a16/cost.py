@@ -6,21 +6,10 @@ fast while memory is the limit, which is up to about M = 64 rows; beyond, dequan
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from mechlab.kernels.cost import Cost
 
 ROWS = 64
 """M up to which the kernels are for: 0.53 peak / (2 bandwidth) is about 64 on TPU v5e and 78 on an H100."""
-
-
-class Cost(NamedTuple):
-    """Bytes to and from memory, and floating-point operations."""
-
-    bytes: int
-    flops: int
-
-    def floor(self, bandwidth: float) -> float:
-        """Seconds that the bytes take at ``bandwidth`` bytes per second: no kernel is faster."""
-        return self.bytes / bandwidth
 
 
 def cost(m: int, k: int, n: int, group: int, *, itemsize: int = 2, scale_bytes: int = 2) -> Cost:

@@ -49,7 +49,7 @@ class Search(NamedTuple):
     """A scale search, leaves with a leading axis L where layers are searched together.
 
     Attributes:
-      s: (*C,), the factors.
+      s: the factors, shaped like one input.
       losses: (20,), of every ratio.
     """
 
@@ -82,7 +82,7 @@ def awq_scale(
 
     Args:
       inspect: F of the kernels, with the calibration input inside.
-      kernels: (*C, *out) each.
+      kernels: input axes first, each.
       magnitude: a, the mean |x_i| of every input.
       bits, group: of the grid, plain asymmetric.
       ratios: alpha.

@@ -1,7 +1,7 @@
-"""The kernels of a decoder's blocks, by name: what quantisers are mapped over, and how a block is inspected.
+"""The kernels of a decoder's blocks, by name: what quantisers are mapped over, and how a block is inspected::
 
     for place in places(config):                      # attn/q, attn/k, attn/v, attn/o, mlp/up, mlp/gate, mlp/down
-        kernel = kernel_of(params, place)              # all layers, (L, *in, *out)
+        kernel = kernel_of(params, place)              # all layers, (L, in, out)
     params = with_kernels(params, {"attn/q": ...})     # arrays, or QTensors
 
 Embeddings, norms, biases and the unembedding are never touched: quantising them by accident changes every number.
@@ -97,7 +97,7 @@ def dequantise_blocks(params: Any) -> Any:
 
 
 def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:
-    """What every kernel of the blocks reads on calibration texts, all layers in one pass: (L, B, T, *C) by site.
+    """What every kernel of the blocks reads on calibration texts, all layers in one pass: (L, B, T, ...) by site.
 
     Args:
       model: a decoder from ``models.transformer``.
@@ -134,7 +134,7 @@ def inspect(
       config: of the model.
       site: one of ``sites_of``.
       params: ``blocks/attn`` or ``blocks/mlp`` of one layer.
-      x: the site on calibration texts, (B, T, *C).
+      x: the site on calibration texts, (B, T, ...).
       layer: its number; may be traced.
 
     Returns:

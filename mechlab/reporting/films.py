@@ -38,7 +38,8 @@ class Film:
         """Write it as a GIF that repeats, with one palette for all frames."""
         from PIL import Image
 
-        palette = Image.fromarray(np.concatenate(list(self.frames))).quantize(128)
+        # Median cut, the default, would spend its colours on what is common, and merge the rare extremes.
+        palette = Image.fromarray(np.concatenate(list(self.frames))).quantize(256, Image.Quantize.MAXCOVERAGE)
         first, *rest = [
             Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in self.frames
         ]

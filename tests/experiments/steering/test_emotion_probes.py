@@ -77,7 +77,9 @@ def test_an_encoder_is_read_but_not_asked(monkeypatch):
     if not available(EMOTIONS):
         pytest.skip("MECHLAB_DATA has no emotions/: this test needs real data")
     encoder = transformer(
-        TransformerConfig(vocabulary=128, layers=1, width=16, heads=2, context=128, causal=False, unembed=False)
+        TransformerConfig(
+            vocabulary=128, layers=1, width=16, heads=2, hidden=32, context=128, causal=False, unembed=False
+        )
     )
     letters = types.SimpleNamespace(encode=lambda text: [ord(letter) % 128 for letter in text[:100]])
     monkeypatch.setattr(subjects.hub, "load", lambda _: (encoder, encoder.init(jax.random.key(0)), letters))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.measures import percent, points
+from experiments.steering._repe_reasoning_lab import TYPES
 from mechlab.core.errors import UserError
 from mechlab.core.model import Model
 from mechlab.core.rng import stream
@@ -27,7 +28,6 @@ from mechlab.models.generate import generate
 from mechlab.reporting.log import Log
 from mechlab.reporting.results import Metric
 
-TYPES = ("reading", "contrast", "pca_contrast")
 NEXT = "\nQuestion:"
 """Where a base model goes on to a question of its own; what it writes from there on does not count."""
 

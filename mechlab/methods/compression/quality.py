@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from optax import softmax_cross_entropy_with_integer_labels
 
+from mechlab.analysis.metrics import kl_divergence
 from mechlab.core.model import Model
 
 if TYPE_CHECKING:
@@ -70,12 +72,12 @@ def quality(
 
 @functools.partial(jax.jit, static_argnames="model")
 def _compare(model: Model, params: Any, changed: Any, edits: Any, tokens: jax.Array) -> Quality:
-    log_p = jax.nn.log_softmax(model.apply({"params": params}, tokens)[:, :-1])
-    log_q = jax.nn.log_softmax(model.apply({"params": changed, "edits": edits}, tokens)[:, :-1])
-    following = tokens[:, 1:, None]
+    p = model.apply({"params": params}, tokens)[:, :-1]
+    q = model.apply({"params": changed, "edits": edits}, tokens)[:, :-1]
+    following = tokens[:, 1:]
     return Quality(
-        kl=(jnp.exp(log_p) * (log_p - log_q)).sum(-1).mean(1),
-        loss=-jnp.take_along_axis(log_q, following, -1).mean((1, 2)),
-        base_loss=-jnp.take_along_axis(log_p, following, -1).mean((1, 2)),
-        flips=(log_p.argmax(-1) != log_q.argmax(-1)).mean(1),
+        kl=kl_divergence(p, q).mean(1),
+        loss=softmax_cross_entropy_with_integer_labels(q, following).mean(1),
+        base_loss=softmax_cross_entropy_with_integer_labels(p, following).mean(1),
+        flips=(p.argmax(-1) != q.argmax(-1)).mean(1),
     )

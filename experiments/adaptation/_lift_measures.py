@@ -14,6 +14,7 @@ import numpy as np
 from experiments.adaptation._lift_lab import Lab, Trained
 from mechlab.analysis.linalg import numerical_rank
 from mechlab.analysis.subspaces import energy_inside, subspace_overlap
+from mechlab.core import linalg
 from mechlab.core.rng import stream
 from mechlab.methods.adaptation.matrices import get_matrices
 from mechlab.methods.adaptation.sparse import Entries, perturb_selected
@@ -82,7 +83,7 @@ def geometry(lab: Lab, arms: Mapping[str, Trained]) -> dict[str, dict[str, np.nd
         before, after = (get_matrices(params, lab.subject.pattern) for params in (base, tuned))
         for path, w in before.items():
             change = after[path] - w
-            s = jnp.linalg.svd(change, compute_uv=False)
+            s = linalg.singular_values(change)
             both = subspace_overlap(w, after[path], leading)
             found.append(
                 {
@@ -95,7 +96,7 @@ def geometry(lab: Lab, arms: Mapping[str, Trained]) -> dict[str, dict[str, np.nd
         path = next(path for path in before if "mlp/down" in path or "layer_0" in path)
         change = after[path] - before[path]
         change = change[0] if change.ndim == 3 else change
-        s = jnp.linalg.svd(change, compute_uv=False)
+        s = linalg.singular_values(change)
         return means | {"spectrum": s / s[0], "sizes": jnp.abs(change).reshape(-1)}
 
     best = [jax.tree.map(lambda leaf, t=t: leaf[t.best()], t.params) for t in arms.values()]

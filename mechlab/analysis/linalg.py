@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mechlab.core import linalg
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
@@ -36,28 +38,6 @@ def fix_signs(vectors: Float[Array, "... R D"]) -> Float[Array, "... R D"]:
     return jnp.where(largest < 0, -vectors, vectors)
 
 
-def reduced_qr(matrix: Float[Array, "... N D"]) -> tuple[Float[Array, "... N K"], Float[Array, "... K D"]]:
-    """QR decomposition with K = min(N, D) orthonormal columns, one matrix after another, also under ``vmap``.
-
-    Where a program decomposes several stacks of matrices at once, the threads of XLA's CPU runtime can wait for each
-    other for ever (two cores, jax 0.10). A single matrix needs no further thread.
-
-    Args:
-      matrix: (..., N, D).
-
-    Returns:
-      q (..., N, K) and r (..., K, D) with ``q @ r = matrix``.
-    """
-    q, r = jax.lax.map(_one_qr, matrix.reshape(-1, *matrix.shape[-2:]))
-    return q.reshape(*matrix.shape[:-2], *q.shape[1:]), r.reshape(*matrix.shape[:-2], *r.shape[1:])
-
-
-@jax.custom_batching.sequential_vmap
-def _one_qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    q, r = jnp.linalg.qr(matrix)
-    return q, r
-
-
 def truncated_svd(
     matrix: Float[Array, "... N D"], rank: int
 ) -> tuple[Float[Array, "... N R"], Float[Array, "... R"], Float[Array, "... R D"]]:
@@ -76,7 +56,7 @@ def truncated_svd(
     most = min(np.shape(matrix)[-2:])
     if not 1 <= rank <= most:
         raise ValueError(f"rank must be 1..{most} for a matrix of shape {np.shape(matrix)}, got {rank}.")
-    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, v = linalg.svd(matrix)
     u, s, v = u[..., :rank], s[..., :rank], v[..., :rank, :]
     fixed = fix_signs(v)
     return u * jnp.where((fixed == v).all(-1), 1, -1)[..., None, :], s, fixed
@@ -110,9 +90,9 @@ def randomised_svd(
         raise ValueError(f"iterations and oversample cannot be negative, got {iterations} and {oversample}.")
     columns = min(most, rank + oversample)
     transposed = jnp.swapaxes(matrix, -1, -2)
-    found = reduced_qr(matrix @ jax.random.normal(key, (matrix.shape[-1], columns), matrix.dtype))[0]
+    found = linalg.qr(matrix @ jax.random.normal(key, (matrix.shape[-1], columns), matrix.dtype))[0]
     for _ in range(iterations):
-        found = reduced_qr(matrix @ reduced_qr(transposed @ found)[0])[0]
+        found = linalg.qr(matrix @ linalg.qr(transposed @ found)[0])[0]
     u, s, v = truncated_svd(jnp.swapaxes(found, -1, -2) @ matrix, rank)
     return found @ u, s, v
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mechlab.analysis.metrics import accuracy
+from mechlab.core import linalg
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -94,7 +95,7 @@ def fit_ridge(x: Float[Array, "... N D"], y: Float[Array, "... N C"], *, penalty
     x_mean, y_mean = x.mean(-2, keepdims=True), jnp.asarray(y, x.dtype).mean(-2, keepdims=True)
     centred = x - x_mean
     gram = jnp.einsum("...nd,...ne->...de", centred, centred) + penalty * jnp.eye(x.shape[-1], dtype=x.dtype)
-    weights = jnp.linalg.solve(gram, jnp.einsum("...nd,...nc->...dc", centred, y - y_mean))
+    weights = linalg.solve(gram, jnp.einsum("...nd,...nc->...dc", centred, y - y_mean))
     return Probe(weights, (y_mean - x_mean @ weights)[..., 0, :])
 
 
@@ -159,7 +160,7 @@ def _newton(x: jax.Array, labels: jax.Array, classes: int, penalty: float, steps
         hessian = jnp.einsum("ni,ncd,nj->cidj", wide, spread, wide) + shift
         size = rows * (width + 1)
         hessian = hessian.reshape(size, size) + jnp.diag(jnp.tile(penalised, rows))
-        move = jnp.linalg.solve(hessian, gradient.ravel()).reshape(unknown.shape)
+        move = linalg.solve(hessian, gradient.reshape(-1, 1)).reshape(unknown.shape)
         tried = unknown - jnp.asarray([1, 0.5, 0.25, 0.1, 0.03, 0.01, 0.001, 0], x.dtype)[:, None, None] * move
         return tried[jax.vmap(loss)(tried).argmin()]
 

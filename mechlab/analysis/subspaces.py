@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mechlab.analysis.linalg import truncated_svd
+from mechlab.core import linalg
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -51,7 +52,7 @@ def principal_cosines(a: Float[Array, "... R D"], b: Float[Array, "... J D"]) ->
     if np.ndim(a) < 2 or np.ndim(b) < 2 or np.shape(a)[-1] != np.shape(b)[-1]:
         raise ValueError(f"wanted bases (..., R, D) and (..., J, D), got {np.shape(a)} and {np.shape(b)}.")
     inner = jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=jax.lax.Precision.HIGHEST)
-    return jnp.minimum(jnp.linalg.svd(inner, compute_uv=False), 1)
+    return jnp.minimum(linalg.singular_values(inner), 1)
 
 
 def subspace_overlap(before: Float[Array, "... N D"], after: Float[Array, "... N D"], leading: int) -> Overlap:

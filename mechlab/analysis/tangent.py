@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mechlab.core import linalg
 from mechlab.core.select import get, put
 
 if TYPE_CHECKING:
@@ -251,5 +252,5 @@ def _eigenpairs(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     shape = np.shape(kernel)
     if len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"kernel: wanted a square matrix, got shape {shape}.")
-    values, vectors = jnp.linalg.eigh(jnp.asarray(kernel))
+    values, vectors = linalg.eigh(jnp.asarray(kernel))
     return values[::-1], vectors[:, ::-1]

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mechlab.core import places
+from mechlab.core import linalg, places
 from mechlab.core.sites import Context, SiteTable, require_edit
 
 T = TypeVar("T")
@@ -395,7 +395,7 @@ _hard_gate.defjvp(_hard_gate_jvp, symbolic_zeros=True)
 
 def _orthonormal(directions: jax.Array) -> jax.Array:
     columns = directions[:, None] if directions.ndim == 1 else directions
-    return jnp.linalg.qr(columns)[0]
+    return linalg.qr(columns)[0]
 
 
 def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:

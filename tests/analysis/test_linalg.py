@@ -15,7 +15,6 @@ from mechlab.analysis.linalg import (
     pca,
     project,
     randomised_svd,
-    reduced_qr,
     truncated_svd,
     unit,
 )
@@ -92,14 +91,3 @@ def test_randomised_svd_comes_near_with_iterations():
         randomised_svd(jax.random.key(0), full, 21)
     with pytest.raises(ValueError, match="cannot be negative"):
         randomised_svd(jax.random.key(0), full, 2, iterations=-1)
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 4, 6, 3)])
-def test_reduced_qr_is_numpys_up_to_signs_stacked_and_mapped(shape):
-    matrix = RNG.normal(size=shape).astype(np.float32)
-    q, r = reduced_qr(jnp.asarray(matrix))
-    np.testing.assert_allclose(q @ r, matrix, atol=1e-5)
-    wanted = np.linalg.qr(matrix)[0]
-    np.testing.assert_allclose(np.abs(q), np.abs(wanted), atol=1e-4)
-    stack = jnp.stack([matrix, 2 * matrix])
-    np.testing.assert_allclose(jax.jit(jax.vmap(reduced_qr))(stack)[0], jnp.stack([q, q]), atol=1e-5)

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.core import select
+from mechlab.core import linalg, select
 from mechlab.core.transforms import Adapter, AdapterState, Params
 from mechlab.methods.adaptation.matrices import add_to_matrices, get_matrices, put_matrices
 
@@ -191,7 +191,7 @@ def bone_unmerge(params: Params, state: AdapterState) -> Params:
             condition = float(np.linalg.cond(np.asarray(invertible, np.float64)).max())
             if not condition <= LARGEST_CONDITION:
                 raise ValueError(f'bone_unmerge: I + M at "{path}" is singular (condition number {condition:.1e}).')
-        inverse = jnp.linalg.inv(invertible)
+        inverse = linalg.inv(invertible)
 
         def one(merged: jax.Array, M: jax.Array, inverse: jax.Array) -> jax.Array:
             blocks = _cut(merged, M.shape[-1]) - M.transpose(2, 0, 1)

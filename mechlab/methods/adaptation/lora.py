@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mechlab.analysis.linalg import randomised_svd, reduced_qr, truncated_svd
+from mechlab.analysis.linalg import randomised_svd, truncated_svd
+from mechlab.core import linalg
 from mechlab.core.rng import stream
 from mechlab.core.transforms import Adapter, AdapterState, Params
 from mechlab.methods.adaptation.matrices import add_to_matrices, get_matrices, put_beside, put_matrices
@@ -150,7 +151,7 @@ def olora(rank: int, *, pattern: str = "**/kernel", alpha: float | None = None) 
 
     def factors(key: jax.Array, path: str, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Of the transpose: the paper's W is (out, in), and the QR of W^T is not that of W.
-        q, r = reduced_qr(jnp.swapaxes(kernel, -1, -2))
+        q, r = linalg.qr(jnp.swapaxes(kernel, -1, -2))
         return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
 
     return _informed("olora", rank, pattern, _scale("olora", rank, alpha), factors)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mechlab.analysis.linalg import reduced_qr
+from mechlab.core import linalg
 from mechlab.core.rng import stream
 from mechlab.methods.architectures.piecewise import (
     BatchNorm,
@@ -127,7 +127,7 @@ def orthogonal_init(key: jax.Array, net: Network) -> Network:
 
     def draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         rows, columns = math.prod(shape[:-1]), shape[-1]
-        q, r = reduced_qr(jax.random.normal(key, (max(rows, columns), min(rows, columns))))
+        q, r = linalg.qr(jax.random.normal(key, (max(rows, columns), min(rows, columns))))
         # With these signs q is drawn evenly from all orthogonal matrices (arXiv math-ph/0609050).
         q = q * jnp.sign(jnp.diagonal(r))
         return (q if rows >= columns else q.T).reshape(shape)

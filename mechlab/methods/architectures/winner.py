@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mechlab.analysis.spectra import power_spectrum
+from mechlab.core import linalg
 from mechlab.core.rng import stream
 from mechlab.models.implicit import Params, siren_init
 
@@ -265,7 +266,7 @@ def ntk_spectrum(kernel: Float[Array, "N N"], y: Float[Array, "N C"]) -> NTKSpec
     n = np.shape(y)[0]
     if np.ndim(y) != 2 or np.shape(kernel) != (n, n):
         raise ValueError(f"ntk_spectrum: wanted a kernel (N, N) and y (N, C), got {np.shape(kernel)}, {np.shape(y)}.")
-    values, vectors = jnp.linalg.eigh(kernel)
+    values, vectors = linalg.eigh(kernel)
     values, vectors = values[::-1], vectors[:, ::-1].T
     centroids = jax.vmap(lambda vector: _centroid(vector[:, None]))(vectors)
     energy = jnp.square(jnp.matmul(vectors, y, precision=jax.lax.Precision.HIGHEST)).sum(-1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
+from mechlab.core import linalg
 from mechlab.core.kernel_forms import LowRank, QTensor
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def lorc(
         roots = np.sqrt(np.maximum(values, 1e-8 * values.max()))
         e = jnp.asarray((vectors * roots) @ vectors.T, jnp.float32) @ e
         back = jnp.asarray((vectors / roots) @ vectors.T, jnp.float32)
-    u, s, vt = jnp.linalg.svd(e, full_matrices=False)
+    u, s, vt = linalg.svd(e)
     root = jnp.sqrt(s[:rank])
     return back @ (u[:, :rank] * root), root[:, None] * vt[:rank]
 

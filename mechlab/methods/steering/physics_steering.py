@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.analysis.linalg import reduced_qr
+from mechlab.core import linalg
 from mechlab.core.edits import AddRelative, at
 from mechlab.core.model import Model
 from mechlab.core.sites import SiteTable
@@ -128,7 +128,7 @@ def without(delta: Float[Array, "1 1 C X Y Z"], others: Float[Array, "K C"]) -> 
     Raises:
       ValueError: where it is known, nothing is left.
     """
-    basis = reduced_qr(jnp.asarray(others).T)[0]
+    basis = linalg.qr(jnp.asarray(others).T)[0]
     vector = channel_vector(delta)
     left = vector - basis @ (basis.T @ vector)
     if not isinstance(left, jax.core.Tracer) and not jnp.linalg.norm(left) > 1e-5 * jnp.linalg.norm(vector):

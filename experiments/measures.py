@@ -1,7 +1,8 @@
-"""Metrics of experiments from what was measured: values per seed, percentages, paired differences, with intervals."""
+"""Metrics from what was measured: values per seed, percentages, paired differences, intervals; and their words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,3 +35,24 @@ def rate(hits: np.ndarray) -> Metric:
     """Percent of hits (N,) of one model, with Wilson's interval."""
     value, low, high = (100 * float(x) for x in wilson(hits.sum(), hits.size))
     return Metric(value=value, ci95=(low, high), n=hits.size, unit="%")
+
+
+def of_seeds(metric: Metric, form: str = ".2f") -> str:
+    """Its value in every seed, or its only value."""
+    return ", ".join(format(value, form) for value in metric.per_seed or (metric.value,))
+
+
+def every_seed(metric: Metric, wanted: Callable[[float], bool]) -> bool:
+    """Whether every seed's value is as wanted."""
+    return all(wanted(value) for value in metric.per_seed or (metric.value,))
+
+
+def with_interval(metric: Metric, form: str = ".1f") -> str:
+    """Its value, and its interval where it has one: "1.2 [0.3, 2.1]"."""
+    shown = format(metric.value, form)
+    return shown if metric.ci95 is None else f"{shown} [{format(metric.ci95[0], form)}, {format(metric.ci95[1], form)}]"
+
+
+def lower_bound(metric: Metric) -> float:
+    """Of its interval; its value where it has none."""
+    return metric.value if metric.ci95 is None else metric.ci95[0]

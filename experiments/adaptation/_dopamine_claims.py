@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from experiments.measures import every_seed, of_seeds
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 
 
-def _seeds(metric: Metric) -> str:
-    return ", ".join(f"{value:+.2f}" for value in metric.per_seed or ())
-
-
-def _every_seed(metric: Metric, wanted: Callable[[float], bool]) -> bool:
-    return all(wanted(value) for value in metric.per_seed or ())
-
-
 def _beats_frozen(name: str) -> Callable[[Metrics], Verdict]:
     def judge(metrics: Metrics) -> Verdict:
         gain = metrics[f"gain/mixed/{name}"]
-        holds = _every_seed(gain, lambda x: x > 0) and gain.value >= 0.8
-        return holds, f"{gain.value:+.2f} points; seeds {_seeds(gain)}"
+        holds = every_seed(gain, lambda x: x > 0) and gain.value >= 0.8
+        return holds, f"{gain.value:+.2f} points; seeds {of_seeds(gain, '+.2f')}"
 
     return judge
 
@@ -43,7 +36,7 @@ def _has_rank_8(metrics: Metrics) -> bool:
 
 def _hardens(metrics: Metrics) -> Verdict:
     loss = metrics["hardening/mixed/taugate"]
-    return loss.value <= 1.0, f"{loss.value:.2f} points lost; seeds {_seeds(loss)}"
+    return loss.value <= 1.0, f"{loss.value:.2f} points lost; seeds {of_seeds(loss, '+.2f')}"
 
 
 def _counts(metrics: Metrics) -> Verdict:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from experiments.measures import of_seeds
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
-
-
-def _values(metric: Metric, form: str = ".4f") -> str:
-    return ", ".join(format(value, form) for value in metric.per_seed or ())
 
 
 def _not_worse(other: str) -> Callable[[Metrics], Verdict]:
@@ -26,7 +23,7 @@ def _better_in_every_seed(other: str) -> Callable[[Metrics], Verdict]:
     def judge(metrics: Metrics) -> Verdict:
         ours, theirs = metrics["target/lift"], metrics[f"target/{other}"]
         holds = all(a < b for a, b in zip(ours.per_seed or (), theirs.per_seed or (), strict=True))
-        return holds, f"lift {_values(ours)}; {other} {_values(theirs)} {ours.unit}"
+        return holds, f"lift {of_seeds(ours, '.4f')}; {other} {of_seeds(theirs, '.4f')} {ours.unit}"
 
     return judge
 
@@ -40,7 +37,7 @@ def _near_full(metrics: Metrics) -> Verdict:
 def _retains(other: str) -> Callable[[Metrics], Verdict]:
     def judge(metrics: Metrics) -> Verdict:
         gap = metrics[f"retention_gap/{other}"]
-        return gap.value > 0, f"{gap.value:+.2f} points in mean; seeds {_values(gap, '+.2f')}"
+        return gap.value > 0, f"{gap.value:+.2f} points in mean; seeds {of_seeds(gap, '+.2f')}"
 
     return judge
 
@@ -48,7 +45,7 @@ def _retains(other: str) -> Callable[[Metrics], Verdict]:
 def _sensitive(metrics: Metrics) -> Verdict:
     ours, random = metrics["perturbation/lift"], metrics["perturbation/random"]
     holds = all(a > b for a, b in zip(ours.per_seed or (), random.per_seed or (), strict=True))
-    return holds, f"loss rises by {_values(ours)} (lift), {_values(random)} (random) {ours.unit}"
+    return holds, f"loss rises by {of_seeds(ours, '.4f')} (lift), {of_seeds(random, '.4f')} (random) {ours.unit}"
 
 
 def _more_than_magnitude(metrics: Metrics) -> Verdict:

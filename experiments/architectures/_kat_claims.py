@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from experiments.measures import of_seeds, with_interval
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 
 
-def _seeds(metric: Metric) -> str:
-    return ", ".join(f"{value:+.2f}" for value in metric.per_seed or ())
-
-
-def _interval(metric: Metric) -> str:
-    return "" if metric.ci95 is None else f" [{metric.ci95[0]:+.2f}, {metric.ci95[1]:+.2f}]"
-
-
 def _beats_the_mlp(metrics: Metrics) -> Verdict:
     margin = metrics["kat_over/vit"]
     parameters = metrics["parameters/kat"].value / metrics["parameters/vit"].value
-    said = f"{margin.value:+.2f} points{_interval(margin)}; seeds {_seeds(margin)}; {parameters:.4f} x parameters"
+    said = f"{with_interval(margin, '+.2f')} points; seeds {of_seeds(margin, '+.2f')}; {parameters:.4f} x parameters"
     return margin.value >= 0 and abs(parameters - 1) <= 0.01, said
 
 
@@ -30,7 +23,7 @@ def _splines_cost_more(metrics: Metrics) -> Verdict:
     parameters = metrics["parameters/spline"].value / metrics["parameters/vit"].value
     said = (
         f"{slower.value:.2f} x the MLP's time per step (KAT: {metrics['slowdown/kat'].value:.2f} x); "
-        f"KAT is {margin.value:+.2f} points{_interval(margin)} better; {parameters:.4f} x parameters"
+        f"KAT is {with_interval(margin, '+.2f')} points better; {parameters:.4f} x parameters"
     )
     return slower.value >= 3 and margin.value >= 0, said
 
@@ -44,13 +37,13 @@ def _variance_is_kept(metrics: Metrics) -> Verdict:
 
 def _start_trains_better(metrics: Metrics) -> Verdict:
     gap = metrics["loss_over_no_s3/kat"]
-    return gap.value <= 0, f"mean training loss {gap.value:+.3f}; seeds {_seeds(gap)}"
+    return gap.value <= 0, f"mean training loss {gap.value:+.3f}; seeds {of_seeds(gap, '+.2f')}"
 
 
 def _groups_suffice(metrics: Metrics) -> Verdict:
     margin = metrics["kat_over/channel"]
     few, many = (metrics[f"coefficients/{arm}"].value for arm in ("kat", "channel"))
-    said = f"{margin.value:+.2f} points{_interval(margin)} with {few:.0f} for {many:.0f} coefficients"
+    said = f"{with_interval(margin, '+.2f')} points with {few:.0f} for {many:.0f} coefficients"
     return margin.value >= -0.3 and few < many, said
 
 
@@ -64,7 +57,7 @@ def _start_is_the_vit(metrics: Metrics) -> Verdict:
 
 def _fine_tuning_helps(metrics: Metrics) -> Verdict:
     margin = metrics["from_vit/over_vit"]
-    return margin.value >= 0, f"{margin.value:+.2f} points{_interval(margin)}; seeds {_seeds(margin)}"
+    return margin.value >= 0, f"{with_interval(margin, '+.2f')} points; seeds {of_seeds(margin, '+.2f')}"
 
 
 CLAIMS: tuple[Claim, ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from experiments.measures import lower_bound, with_interval
 from experiments.steering._austeer_lab import SITES
 from experiments.steering._austeer_measures import RIVALS
 from mechlab.reporting.results import Claim, Metric
@@ -18,21 +19,12 @@ def _tasks(metrics: Metrics) -> list[str]:
     return [name for name in names if name != "planted"]
 
 
-def _interval(metric: Metric, digits: int = 2) -> str:
-    low, high = metric.ci95 or (metric.value, metric.value)
-    return f"{metric.value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def _lower(metric: Metric) -> float:
-    return metric.ci95[0] if metric.ci95 else metric.value
-
-
 def _ranking(metrics: Metrics) -> Verdict:
     found, signs, gain = metrics["planted/found"], metrics["planted/signs"], metrics["gain/planted/austeer"]
-    holds = min(found.value, signs.value) == 8 and _lower(gain) > 0
+    holds = min(found.value, signs.value) == 8 and lower_bound(gain) > 0
     return holds, (
         f"{found.value:.0f} of 8 planted units chosen, {signs.value:.0f} with the right sign (least of "
-        f"{found.n} seeds); accuracy {_interval(gain, 1)} points"
+        f"{found.n} seeds); accuracy {with_interval(gain, '+.1f')} points"
     )
 
 
@@ -58,10 +50,10 @@ def _selection(metrics: Metrics) -> Verdict:
     if not tasks:
         return None, "no task but the planted one at this preset"
     above = [task for task in tasks if metrics[f"over_random/{task}"].value > 0]
-    better = [task for task in tasks if _lower(metrics[f"auroc_gain/{task}/austeer"]) > 0]
+    better = [task for task in tasks if lower_bound(metrics[f"auroc_gain/{task}/austeer"]) > 0]
     numbers = "; ".join(
-        f"{task} over random {_interval(metrics[f'over_random/{task}'], 3)}, over none "
-        f"{_interval(metrics[f'auroc_gain/{task}/austeer'], 3)}"
+        f"{task} over random {with_interval(metrics[f'over_random/{task}'], '+.3f')}, over none "
+        f"{with_interval(metrics[f'auroc_gain/{task}/austeer'], '+.3f')}"
         for task in tasks
     )
     holds = 3 * len(above) >= 2 * len(tasks) and bool(better)
@@ -74,13 +66,13 @@ def _no_loss(metrics: Metrics) -> Verdict:
         return None, "no task but the planted one at this preset"
     gains = {task: metrics[f"gain/{task}/austeer"] for task in tasks}
     return all(gain.value >= -1 for gain in gains.values()), "points: " + "; ".join(
-        f"{task} {_interval(gain, 1)}" for task, gain in gains.items()
+        f"{task} {with_interval(gain, '+.1f')}" for task, gain in gains.items()
     )
 
 
 def _over_offset(metrics: Metrics) -> Verdict:
     tasks = _tasks(metrics)
-    found = "; ".join(f"{task} {_interval(metrics[f'over_offset/{task}'], 1)}" for task in tasks)
+    found = "; ".join(f"{task} {with_interval(metrics[f'over_offset/{task}'], '+.1f')}" for task in tasks)
     return None, f"points: {found}" if tasks else "no task but the planted one at this preset"
 
 
@@ -88,8 +80,8 @@ def _rivals(metrics: Metrics) -> Verdict:
     if not _tasks(metrics):
         return None, "no task but the planted one at this preset"
     over = {rival: metrics[f"versus/all/{rival}"] for rival in RIVALS}
-    return all(_lower(x) > 0 for x in over.values()), "points, mean over tasks: " + "; ".join(
-        f"over {rival.upper()} {_interval(x, 1)}" for rival, x in over.items()
+    return all(lower_bound(x) > 0 for x in over.values()), "points, mean over tasks: " + "; ".join(
+        f"over {rival.upper()} {with_interval(x, '+.1f')}" for rival, x in over.items()
     )
 
 

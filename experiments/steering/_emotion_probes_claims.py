@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from experiments.measures import with_interval
 from mechlab.data.worlds.tales.moods import MOODS
 from mechlab.reporting.results import Claim, Metric
 
@@ -11,17 +12,13 @@ Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 
 
-def _pm(metric: Metric) -> str:
-    interval = f" [{metric.ci95[0]:.1f}, {metric.ci95[1]:.1f}]" if metric.ci95 else ""
-    return f"{metric.value:.1f}{interval}"
-
-
 def _scenarios(metrics: Metrics) -> Verdict:
     probe, embed = metrics["accuracy/emotions/probe"], metrics["over_embed/emotions"]
     random, words = metrics["over_random/emotions"], metrics["accuracy/emotions/words"]
     holds = probe.value >= 42 and embed.value >= 15 and random.value >= 10
     return holds, (
-        f"{_pm(probe)} %; {_pm(embed)} points over the embedding, {_pm(random)} over random weights; "
+        f"{with_interval(probe)} %; {with_interval(embed)} points over the embedding, "
+        f"{with_interval(random)} over random weights; "
         f"TF-IDF of words {words.value:.1f} %"
     )
 
@@ -52,7 +49,11 @@ def _asked(subject: str) -> Callable[[Metrics], Verdict]:
         plain, calibrated = (metrics[f"over_{name}/{subject}"] for name in ("zero_shot", "calibrated"))
         few = metrics[f"accuracy/{subject}/few_shot"]
         holds = plain.value >= 10 and calibrated.value >= 10
-        return holds, f"{_pm(plain)} over plain, {_pm(calibrated)} over calibrated; few-shot {few.value:.1f} %"
+        return (
+            holds,
+            f"{with_interval(plain)} over plain, {with_interval(calibrated)} over calibrated; "
+            f"few-shot {few.value:.1f} %",
+        )
 
     return judge
 
@@ -77,7 +78,8 @@ def _persistent(metrics: Metrics) -> Verdict:
     late, early = metrics["persistence/tales/over_shuffled"], metrics["persistence/tales/early_probe"]
     assert late.ci95 is not None
     return late.ci95[0] > 0, (
-        f"{_pm(late)} points over shuffled pairs after {metrics['persistence/tales/offset'].value:.0f} tokens; "
+        f"{with_interval(late)} points over shuffled pairs "
+        f"after {metrics['persistence/tales/offset'].value:.0f} tokens; "
         f"the probe of p = 0 there: {early.value:.1f} %"
     )
 
@@ -88,7 +90,7 @@ def _selective(metrics: Metrics) -> Verdict:
         return None, "needs both subjects"
     mixed, mixed_control = (metrics[f"accuracy/tales/{name}"].value for name in ("ungrouped", "ungrouped_control"))
     return all(metric.value >= 10 for metric in found.values()), (
-        "; ".join(f"{name} {_pm(metric)}" for name, metric in found.items())
+        "; ".join(f"{name} {with_interval(metric)}" for name, metric in found.items())
         + f"; tales, cues in both parts: {mixed:.1f} %, control {mixed_control:.1f} %"
     )
 

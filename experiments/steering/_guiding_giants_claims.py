@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from experiments.measures import of_seeds
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 
 
-def _seeds(metric: Metric, form: str = "+.1f") -> str:
-    return ", ".join(f"{value:{form}}" for value in metric.per_seed or ())
-
-
 def _gate(metrics: Metrics) -> Verdict:
     plain, wrapped = metrics["auroc/released_early/plain"], metrics["auroc/released_early/wrapped"]
-    return min(plain.per_seed or ()) >= 0.95, f"seeds {_seeds(plain, '.3f')}; in wrappers {_seeds(wrapped, '.3f')}"
+    return min(plain.per_seed or ()) >= 0.95, f"seeds {of_seeds(plain, '.3f')}; in wrappers {of_seeds(wrapped, '.3f')}"
 
 
 def _steers(metrics: Metrics) -> Verdict:
     up, over = metrics["gain/main"], metrics["over_gain/main"]
-    text = f"refusal of the target {up.value:+.1f} points (seeds {_seeds(up)}), of other topics {over.value:+.1f}"
+    seeds = of_seeds(up, "+.1f")
+    text = f"refusal of the target {up.value:+.1f} points (seeds {seeds}), of other topics {over.value:+.1f}"
     return up.value >= 30 and over.value <= 5, text
 
 
@@ -37,13 +35,15 @@ def _uniform(metrics: Metrics) -> Verdict:
 
 def _no_signal(metrics: Metrics) -> Verdict:
     released, end = metrics["weight_offset/released_early"], metrics["weight_spread/end_early"]
-    text = f"released: at most {released.value:.3f} from 1/2; end to end: spread {end.value:.3f} ({_seeds(end, '.3f')})"
+    text = (
+        f"released: at most {released.value:.3f} from 1/2; end to end: spread {end.value:.3f} ({of_seeds(end, '.3f')})"
+    )
     return max(released.per_seed or ()) <= 0.1 and end.value > 0.2, text
 
 
 def _end_to_end(metrics: Metrics) -> Verdict:
     gain = metrics["end_over_released"]
-    return gain.value > 0, f"{gain.value:+.1f} points; seeds {_seeds(gain)}"
+    return gain.value > 0, f"{gain.value:+.1f} points; seeds {of_seeds(gain, '+.1f')}"
 
 
 def _cast(metrics: Metrics) -> Verdict:

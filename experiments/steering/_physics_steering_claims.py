@@ -20,19 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
+from experiments.measures import every_seed, of_seeds
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
 ODD = ("shear_vorticity on ev", "shear_speed on ev", "advect_speed on ev", "shear_speed on c_eff")
-
-
-def _every(metric: Metric, wanted: Callable[[float], bool]) -> bool:
-    return all(wanted(value) for value in metric.per_seed or (metric.value,))
-
-
-def _values(metric: Metric) -> str:
-    return ", ".join(f"{value:.3g}" for value in metric.per_seed or (metric.value,))
 
 
 def _gate(metrics: Metrics) -> Verdict:
@@ -57,30 +50,30 @@ def _in_domain(metrics: Metrics) -> Verdict:
     for name in ("shear_vorticity", "shear_speed"):
         ratio = metrics[f"ev/ratio/{name}"]
         outcomes.append(
-            _every(metrics[f"ev/rank/{name}"], lambda x: x >= 0.95)
-            and _every(ratio, lambda x: x >= 1.8 and math.log(x) > widest)
-            and _every(metrics[f"ev/low/{name}"], lambda x: x < 1)
-            and _every(metrics[f"ev/high/{name}"], lambda x: x > 1)
+            every_seed(metrics[f"ev/rank/{name}"], lambda x: x >= 0.95)
+            and every_seed(ratio, lambda x: x >= 1.8 and math.log(x) > widest)
+            and every_seed(metrics[f"ev/low/{name}"], lambda x: x < 1)
+            and every_seed(metrics[f"ev/high/{name}"], lambda x: x > 1)
         )
-        words.append(f"{name}: ratio {_values(ratio)}, rank {_values(metrics[f'ev/rank/{name}'])}")
+        words.append(f"{name}: ratio {of_seeds(ratio, '.3g')}, rank {of_seeds(metrics[f'ev/rank/{name}'], '.3g')}")
     return any(outcomes), "; ".join(words) + f"; random at most a factor of {math.exp(widest):.2f}"
 
 
 def _transfer(metrics: Metrics) -> Verdict:
     ratio, change = metrics["ev/ratio/advect_speed"], metrics["speed/change/shear_speed"]
-    holds = _every(ratio, lambda x: x >= 1.5) and _every(change, lambda x: x >= 0.5)
-    random = _values(metrics["speed/change/random"])
-    return holds, f"E_v ratio {_values(ratio)}; c_eff change {_values(change)}; random changes {random}"
+    holds = every_seed(ratio, lambda x: x >= 1.5) and every_seed(change, lambda x: x >= 0.5)
+    random = of_seeds(metrics["speed/change/random"], ".3g")
+    return holds, f"E_v ratio {of_seeds(ratio, '.3g')}; c_eff change {of_seeds(change, '.3g')}; random changes {random}"
 
 
 def _shared(metrics: Metrics) -> Verdict:
-    return _every(metrics["cosine/speed"], lambda x: x >= 0.6), f"cosine {_values(metrics['cosine/speed'])}"
+    return every_seed(metrics["cosine/speed"], lambda x: x >= 0.6), f"cosine {of_seeds(metrics['cosine/speed'], '.3g')}"
 
 
 def _odd(metrics: Metrics) -> Verdict:
     found = {name: metrics[f"odd/{name}"] for name in ODD}
-    return all(_every(x, lambda v: v >= 0) for x in found.values()), "; ".join(
-        f"{name}: {_values(x)}" for name, x in found.items()
+    return all(every_seed(x, lambda v: v >= 0) for x in found.values()), "; ".join(
+        f"{name}: {of_seeds(x, '.3g')}" for name, x in found.items()
     )
 
 
@@ -91,8 +84,8 @@ def _counterfactual(metrics: Metrics) -> Verdict:
 
 def _diffusion(metrics: Metrics) -> Verdict:
     rank, change = metrics["diffusion/rank"], metrics["diffusion/change"]
-    holds = _every(rank, lambda x: x >= 0.95) and _every(change, lambda x: x > 0)
-    return holds, f"rank {_values(rank)}; D_eff(+0.2) - D_eff(-0.2) {_values(change)}"
+    holds = every_seed(rank, lambda x: x >= 0.95) and every_seed(change, lambda x: x > 0)
+    return holds, f"rank {of_seeds(rank, '.3g')}; D_eff(+0.2) - D_eff(-0.2) {of_seeds(change, '.3g')}"
 
 
 CLAIMS: tuple[Claim, ...] = (

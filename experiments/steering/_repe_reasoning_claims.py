@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from experiments.measures import lower_bound, with_interval
 from experiments.steering._repe_reasoning_lab import TALES
 from experiments.steering._tales_tasks import STORIES
 from mechlab.reporting.results import Claim, Metric
@@ -13,24 +14,16 @@ Verdict = tuple[bool | None, str]
 TASKS = (*TALES, "deduce", "arith", *STORIES)
 
 
-def _interval(metric: Metric) -> str:
-    low, high = metric.ci95 or (metric.value, metric.value)
-    return f"{metric.value:+.2f} [{low:+.2f}, {high:+.2f}] {metric.unit}"
-
-
-def _lower(metric: Metric) -> float:
-    return metric.ci95[0] if metric.ci95 else metric.value
-
-
 def _improves(task: str) -> Callable[[Metrics], Verdict]:
     def judge(metrics: Metrics) -> Verdict:
         gain, margin = metrics[f"gain/{task}/chosen"], metrics[f"margin_gain/{task}/chosen"]
         random, margin_random = metrics[f"over_random/{task}"], metrics[f"margin_over_random/{task}"]
-        holds = _lower(gain) > 0 and _lower(margin) > 0 and random.value > 0 and margin_random.value > 0
+        holds = lower_bound(gain) > 0 and lower_bound(margin) > 0 and random.value > 0 and margin_random.value > 0
         offset = metrics[f"gain/{task}/offset"].value
         return holds, (
-            f"accuracy {_interval(gain)}, margin {_interval(margin)}; over the best random vector "
-            f"{random.value:+.2f} points and {margin_random.value:+.2f} nats; offsets alone {offset:+.2f} points"
+            f"accuracy {with_interval(gain, '+.2f')} {gain.unit}, margin {with_interval(margin, '+.2f')} nats; over "
+            f"the best random vector {random.value:+.2f} points and {margin_random.value:+.2f} nats; "
+            f"offsets alone {offset:+.2f} points"
         )
 
     return judge
@@ -72,7 +65,7 @@ def _diverges(metrics: Metrics) -> Verdict:
 
 def _from_correct(metrics: Metrics) -> Verdict:
     found = [
-        f"{task} {_interval(metrics[f'correct_over_incorrect/{task}'])}"
+        f"{task} {with_interval(metrics[f'correct_over_incorrect/{task}'], '+.2f')} points"
         for task in TASKS
         if f"correct_over_incorrect/{task}" in metrics
     ]

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from experiments.measures import with_interval
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
-
-
-def _interval(metric: Metric) -> str:
-    low, high = metric.ci95 or (0.0, 0.0)
-    return f"{metric.value:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def _judged_if_fit(claim: Claim) -> Claim:
@@ -55,7 +51,7 @@ def _beats(metrics: Metrics) -> Verdict:
 def _earlier(metrics: Metrics) -> Verdict:
     margin = metrics["over/immediate"]
     holds = margin.ci95 is not None and margin.ci95[0] > 0
-    return holds, f"CHAIR_i of immediate minus min_conf, points: {_interval(margin)}"
+    return holds, f"CHAIR_i of immediate minus min_conf, points: {with_interval(margin)}"
 
 
 def _transfers(metrics: Metrics) -> Verdict:

@@ -74,7 +74,7 @@ class Config:
     tales_layers: tuple[int, ...] = (3,)
     layers: int = 3
     width: int = 64
-    steps: int = 600
+    steps: int = 1000
     batch: int = 64
     rate: float = 3e-3
     hops: int = 1

@@ -52,6 +52,18 @@ def directions(
     }
 
 
+def base_runs(bench: Bench) -> dict[str, worlds.Runs]:
+    """The states that steering starts from with what follows them, as runs for ``lab.competence``."""
+    found = {}
+    for family in ("shear", "advect"):
+        parts = bench.dev[family], bench.test[family]
+        frames = [np.concatenate([x.frames, x.truth[:, : bench.config.horizon]], 1) for x in parts]
+        velocity = np.concatenate([x.velocity for x in parts])
+        nothing = np.zeros(len(velocity))
+        found[family] = worlds.Runs(np.concatenate(frames), velocity, nothing, nothing)
+    return found
+
+
 def list_patches(
     config: Any, reads: dict[str, list[lab.Read]], whole: dict[str, list[lab.Read]], randoms: jax.Array
 ) -> list[lab.Patch]:

@@ -4,6 +4,7 @@ Metrics carry one value per draw of direction data in ``per_seed``. E_v is the g
 cross-stream energy at the end of a roll-out of 6 steps, edits are at layer 1, mode ``drop``. Names::
 
     gate/{one,six}/{shear,advect}           squared error over that of persistence
+    base_states/{one,six}/{shear,advect}    the same of the states that steering starts from; reported
     ev/rank/{direction}                     Spearman correlation of alpha in +-0.4 with E_v
     ev/ratio/{direction}                    E_v(+0.2) / E_v(-0.2)
     ev/low/{direction}, ev/high/...         E_v(-0.2) / E_v(0), E_v(+0.2) / E_v(0)

@@ -13,7 +13,7 @@ import optax
 
 from experiments.steering._repe_reasoning_tasks import Task, arith_task, deduce_task, few_shot, negatives
 from experiments.steering._repe_reasoning_texts import reader_tasks
-from experiments.steering._tales_tasks import STORIES, Items, cells_at_once, load_stories, story_task, tales_task
+from experiments.steering._tales_tasks import STORIES, Draw, Items, cells_at_once, load_stories, story_task, tales_task
 from mechlab.analysis.margins import candidate_scores, list_correct, log_odds
 from mechlab.core import select
 from mechlab.core.errors import UserError
@@ -96,14 +96,19 @@ class Grid(NamedTuple):
 def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
     """The models with their tasks; ``stories260K`` is left out, and said so, where it is not on this machine."""
     found: dict[str, Subject] = {}
+    # IOI is asked for twice as many texts, of which one order of the names is kept.
+    most = max(config.dev, config.test, 2 * config.texts)
     if kinds := [task for task in config.tasks if task in TALES]:
         model, params, tokenizer = load_tales(config.tales)
-        layers = config.tales_layers or tuple(range(model.module.config.layers))
-        tasks = {kind: Task({n: tales_task(kind, n) for n in TALES[kind]}, scrambled=kind != "mood") for kind in kinds}
+        tasks = {
+            kind: Task({n: at_once(tales_task(kind, n), most) for n in TALES[kind]}, scrambled=kind != "mood")
+            for kind in kinds
+        }
+        layers = steered_layers(model, config)
         found["tales"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, tokenizer.ids["."], layers)
     own = {
-        "deduce": Task({n: deduce_task(config.hops, n) for n in config.facts}),
-        "arith": Task({n: arith_task(n) for n in config.people}),
+        "deduce": Task({n: at_once(deduce_task(config.hops, n), most) for n in config.facts}),
+        "arith": Task({n: at_once(arith_task(n), most) for n in config.people}),
     }
     if tasks := {name: task for name, task in own.items() if name in config.tasks}:
         model, params = train_decoders(stream(key, "decoders"), config, tuple(tasks), log)
@@ -113,17 +118,32 @@ def make_subjects(key: jax.Array, config: Any, log: Log) -> dict[str, Subject]:
         model, params, tokenizer = hub.load(config.reader)
         if tokenizer is None:
             raise UserError(f"{config.reader} has no tokenizer: it cannot be asked.")
-        end, middle = int(tokenizer.encode("x.")[-1]), model.module.config.layers // 2
+        end, layers = int(tokenizer.encode("x.")[-1]), steered_layers(model, config)
         tasks = reader_tasks(tokenizer)
-        found["reader"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, end, (middle,))
+        found["reader"] = Subject(model, [params] * config.tales_seeds, tokenizer, tasks, end, layers)
     names = [task for task in config.tasks if task in STORIES]
     if names and (stories := load_stories(log)):
         model, weights, vocabulary = stories
         tasks = {name: Task({0: story_task(name, vocabulary)}) for name in names}
         end = int(vocabulary.encode("x.")[-1])
-        layers = tuple(range(model.module.config.layers))
+        layers = steered_layers(model, config)
         found["stories260K"] = Subject(model, [weights] * config.tales_seeds, vocabulary, tasks, end, layers)
     return found
+
+
+def steered_layers(model: Model, config: Any) -> tuple[int, ...]:
+    """Where a model that is not trained here is steered: the middle layer, as in the paper, or all."""
+    layers = model.module.config.layers
+    return tuple(range(layers)) if config.all_layers else (layers // 2,)
+
+
+def at_once(draw: Draw, most: int) -> Draw:
+    """The same task, of which ``most`` items are drawn and the first n kept: one program for every n."""
+
+    def first(key: jax.Array, n: int, pool: str) -> Items:
+        return jax.tree.map(np.asarray, draw(key, max(n, most), pool)).take(np.arange(n))
+
+    return first
 
 
 def train_decoders(key: jax.Array, config: Any, tasks: tuple[str, ...], log: Log) -> tuple[Model, list[Any]]:

@@ -229,6 +229,9 @@ def one_surrogate(
     gate = lab.competence(bench.model, params, bench.held, config)
     log.say(f"surrogate {seed}, error over persistence: " + ", ".join(f"{k} {v:.4f}" for k, v in gate.items()))
     numbers: dict[str, np.ndarray] = {f"gate/{name}": np.asarray([value]) for name, value in gate.items()}
+    if config.controls:
+        near = lab.competence(bench.model, params, arms.base_runs(bench), config)
+        numbers |= {f"base_states/{name}": np.asarray([value]) for name, value in near.items()}
 
     reads = arms.directions(key, bench, params, bench.matched, config.draws)
     whole = arms.directions(key, bench, params, bench.unmatched, config.draws)

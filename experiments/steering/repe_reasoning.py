@@ -52,7 +52,7 @@ class Config:
       seeds: decoders, each with its own texts and items.
       tales_seeds: draws of texts and items for the models that are not trained here.
       tales: size of the model of tales.
-      tales_layers: where it is steered; empty for all layers.
+      all_layers: steer models that are not trained here in every layer, not in the middle one alone.
       layers, width, steps, batch, rate: of the decoders and of Adam.
       hops: of deduction; 2 puts the rules into the text.
       facts, people: levels of difficulty of deduce and arith.
@@ -71,7 +71,7 @@ class Config:
     seeds: int = 1
     tales_seeds: int = 1
     tales: Literal["S", "M", "L"] = "L"
-    tales_layers: tuple[int, ...] = (3,)
+    all_layers: bool = False
     layers: int = 3
     width: int = 64
     steps: int = 1000
@@ -80,9 +80,9 @@ class Config:
     hops: int = 1
     facts: tuple[int, ...] = (3, 4)
     people: tuple[int, ...] = (1, 2)
-    texts: int = 100
-    dev: int = 32
-    test: int = 60
+    texts: int = 96
+    dev: int = 48
+    test: int = 48
     alphas: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
     randoms: int = 10
     reader: str = ""
@@ -131,7 +131,7 @@ PRESETS: dict[str, Config] = {
     "accel": Config(
         seeds=5,
         tales_seeds=5,
-        tales_layers=(),
+        all_layers=True,
         layers=8,
         width=256,
         steps=4000,

@@ -64,7 +64,7 @@ class Config:
     block: int = 4
     blocks: tuple[int, ...] = ()
     seeds: int = 3
-    steps: int = 100
+    steps: int = 70
     batch: int = 8
     length: int = 64
     prompt: int = 24

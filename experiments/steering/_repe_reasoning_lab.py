@@ -164,9 +164,9 @@ def train_decoders(key: jax.Array, config: Any, tasks: tuple[str, ...], log: Log
     def sample(key: jax.Array) -> dict[str, jax.Array]:
         drawn = {
             "deduce": functools.partial(
-                reasoning.deduce, n=share, facts=(1, max(config.facts)), hops=config.hops, pool="all"
+                reasoning.deduce, n=share, facts=(1, config.trained_facts), hops=config.hops, pool="all"
             ),
-            "arith": functools.partial(reasoning.arith, n=share, people=(1, max(config.people)), pool="all"),
+            "arith": functools.partial(reasoning.arith, n=share, people=(1, config.trained_people), pool="all"),
         }
         batches = [drawn[task](stream(key, task)) for task in tasks]
         width = max(batch.tokens.shape[1] for batch in batches) + 2

@@ -55,7 +55,8 @@ class Config:
       all_layers: steer models that are not trained here in every layer, not in the middle one alone.
       layers, width, steps, batch, rate: of the decoders and of Adam.
       hops: of deduction; 2 puts the rules into the text.
-      facts, people: levels of difficulty of deduce and arith.
+      facts, people: levels of difficulty of deduce and arith, the first at most 90 % right on dev is taken.
+      trained_facts, trained_people: the most that the decoders see in training.
       texts: N, from which a vector is read.
       dev, test: numbers of items.
       alphas: the grid; contains 0.
@@ -67,7 +68,7 @@ class Config:
       extras: also the families of IOI, few-shot prompts, the slope at alpha = 0, and texts before and after.
     """
 
-    tasks: tuple[str, ...] = ALL_TASKS
+    tasks: tuple[str, ...] = (*lab.TALES, "deduce", "arith")
     seeds: int = 1
     tales_seeds: int = 1
     tales: Literal["S", "M", "L"] = "L"
@@ -78,11 +79,13 @@ class Config:
     batch: int = 64
     rate: float = 3e-3
     hops: int = 1
-    facts: tuple[int, ...] = (3, 4)
-    people: tuple[int, ...] = (1, 2)
+    facts: tuple[int, ...] = (3, 4, 5, 6)
+    people: tuple[int, ...] = (2, 3, 4)
+    trained_facts: int = 4
+    trained_people: int = 2
     texts: int = 96
     dev: int = 48
-    test: int = 48
+    test: int = 64
     alphas: tuple[float, ...] = (-1.0, -0.5, -0.1, 0.0, 0.1, 0.5, 1.0)
     randoms: int = 10
     reader: str = ""
@@ -100,10 +103,11 @@ class Config:
             raise ValueError(f"alphas: wanted rising numbers, got {self.alphas}")
         if (
             min(self.seeds, self.tales_seeds, self.steps, self.batch, self.randoms, self.solution) < 1
+            or min(self.trained_facts, self.trained_people) < 1
             or min(self.texts, self.dev, self.test) < 2
         ):
             raise ValueError(
-                "seeds, steps, batch, randoms, solution must be at least 1; texts, dev and test at least 2"
+                "seeds, steps, batch, randoms, solution, trained_* must be at least 1; texts, dev and test at least 2"
             )
         if self.width % 16:
             raise ValueError(f"width: wanted a multiple of 16, the width of a head, got {self.width}")
@@ -120,6 +124,7 @@ PRESETS: dict[str, Config] = {
         steps=60,
         batch=32,
         facts=(2,),
+        trained_facts=2,
         texts=64,
         dev=64,
         test=64,
@@ -129,6 +134,7 @@ PRESETS: dict[str, Config] = {
     ),
     "cpu": Config(),
     "accel": Config(
+        tasks=ALL_TASKS,
         seeds=5,
         tales_seeds=5,
         all_layers=True,
@@ -139,6 +145,8 @@ PRESETS: dict[str, Config] = {
         hops=2,
         facts=(3, 4, 5, 6, 7, 8),
         people=(1, 2, 3, 4),
+        trained_facts=8,
+        trained_people=4,
         texts=200,
         dev=150,
         test=500,

@@ -30,6 +30,7 @@ import numpy as np
 from flax import struct
 
 from mechlab.core import linalg, places
+from mechlab.core.estimators import above, straight_through
 from mechlab.core.sites import Context, SiteTable, require_edit
 
 T = TypeVar("T")
@@ -162,12 +163,12 @@ class Project:
 
 def project_out(directions: jax.Array) -> Project:
     """Remove the span of ``directions``, (D,) or (D, R) columns of any length and angle."""
-    return Project(_orthonormal(directions), jnp.zeros(()), jnp.ones(()))
+    return Project(linalg.orthonormal(directions), jnp.zeros(()), jnp.ones(()))
 
 
 def project_in(directions: jax.Array) -> Project:
     """Keep only the span of ``directions``, (D,) or (D, R) columns of any length and angle."""
-    return Project(_orthonormal(directions), jnp.ones(()), jnp.zeros(()))
+    return Project(linalg.orthonormal(directions), jnp.ones(()), jnp.zeros(()))
 
 
 @edit
@@ -194,7 +195,7 @@ class Gate:
         soft = jax.nn.sigmoid(self.sharpness * (z - self.threshold))
         if self.straight_through:
             return straight_through(jnp.greater(z, self.threshold).astype(z.dtype), soft)
-        return _hard_gate(z, jnp.broadcast_to(self.threshold, z.shape)) if self.hard else soft
+        return above(z, jnp.broadcast_to(self.threshold, z.shape)) if self.hard else soft
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         return self.gain * self.open(x if context.pre is None else context.pre) * x
@@ -367,35 +368,6 @@ def chain(*placed: Mapping[str, Edit]) -> dict[str, Edit]:
     names = dict.fromkeys(name for edits in placed for name in edits)
     steps = {name: tuple(edits[name] for edits in placed if name in edits) for name in names}
     return {name: several[0] if len(several) == 1 else Chain(several) for name, several in steps.items()}
-
-
-def straight_through(forward: jax.Array, backward: jax.Array) -> jax.Array:
-    """The value of ``forward`` (exactly) with the gradient of ``backward``."""
-    return jax.lax.stop_gradient(forward) + (backward - jax.lax.stop_gradient(backward))
-
-
-@jax.custom_jvp
-def _hard_gate(z: jax.Array, threshold: jax.Array) -> jax.Array:
-    return jnp.greater(z, threshold).astype(z.dtype)
-
-
-def _hard_gate_jvp(primals: Any, tangents: Any) -> Any:
-    # d/d threshold is 0 almost everywhere: training would freeze the thresholds and still look like a weak success.
-    if not isinstance(tangents[1], jax.custom_derivatives.SymbolicZero):
-        raise ValueError(
-            "the hard gate has zero gradient with respect to its threshold; train with hard=False, or with "
-            "straight_through=True."
-        )
-    value = _hard_gate(*primals)
-    return value, jnp.zeros_like(value)
-
-
-_hard_gate.defjvp(_hard_gate_jvp, symbolic_zeros=True)
-
-
-def _orthonormal(directions: jax.Array) -> jax.Array:
-    columns = directions[:, None] if directions.ndim == 1 else directions
-    return linalg.qr(columns)[0]
 
 
 def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:

@@ -79,3 +79,8 @@ def inv(matrix: jax.Array) -> jax.Array:
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """Of (..., N, N) and (..., N, C), with the same leading axes: x (..., N, C), matrix x = right."""
     return jnp.linalg.solve(matrix, right)
+
+
+def orthonormal(directions: jax.Array) -> jax.Array:
+    """Orthonormal columns (D, R) that span directions (D, R), or the unit vector (D, 1) along one (D,)."""
+    return qr(directions[:, None] if directions.ndim == 1 else directions)[0]

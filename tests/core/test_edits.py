@@ -31,8 +31,8 @@ from mechlab.core.edits import (
     edit,
     project_in,
     project_out,
-    straight_through,
 )
+from mechlab.core.estimators import straight_through
 from mechlab.core.sites import Context, list_sites
 from mechlab.models.mlp import MLPConfig, mlp
 from tests.models.tiny import TOKENS, decoder

@@ -45,9 +45,7 @@ def choose(package: str, refuse: Refuse) -> Choice:
     return Choice("jnp", refused) if refused else Choice(platform, f"the default backend is {platform}")
 
 
-def call(
-    package: str, step: str, *arrays: jax.Array, impl: str, interpret: bool, refuse: Refuse, **sizes: Any
-) -> Any:
+def call(package: str, step: str, *arrays: jax.Array, impl: str, interpret: bool, refuse: Refuse, **sizes: Any) -> Any:
     """Run one step of an operation.
 
     A kernel is differentiated as the reference is, from the same inputs. Under "auto" a program compiled for another

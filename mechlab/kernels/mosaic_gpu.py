@@ -31,6 +31,9 @@ def interpreter(interpret: bool) -> Any:
     """The argument of ``plgpu.kernel``: Mosaic GPU has an interpreter of its own, with threads and barriers."""
     if not interpret:
         return None
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        # Before jax 0.12 it is there, but not public.
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-    return InterpretGPUParams()
+        return InterpretGPUParams()
+    return plgpu.InterpretGPUParams()

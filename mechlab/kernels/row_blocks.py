@@ -80,6 +80,8 @@ def gpu_place(shape: tuple[int, int]) -> tuple[Any, Any, jax.Array]:
 
 
 def half_even(x: Any) -> Any:
-    """``jnp.round`` for |x| < 2^22 in float32, where Triton has no rounding: the sum has no bits after the point."""
-    shift = 1.5 * 2**23
-    return (x + shift) - shift
+    """``jnp.round``, which Triton does not have. Adding and subtracting 3 2^22 would do, were it not simplified away."""
+    below = jnp.floor(x)
+    rest, half = x - below, 0.5 * below
+    odd = jnp.floor(half) != half
+    return below + jnp.where((rest > 0.5) | ((rest == 0.5) & odd), 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""The fake quantisers to call: arguments checked, a backend chosen, straight-through gradients. ``choose`` says which."""
+"""The fake quantisers to call: arguments checked, gradients passed through, a backend chosen: ``choose`` says which."""
 
 from __future__ import annotations
 
@@ -215,9 +215,7 @@ def _lsq_bwd(
     low: int, high: int, axis: int, gradient_scale: float, impl: str, interpret: bool, kept: Any, upstream: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, s = kept
-    dx, ds = _call(
-        "lsq_backward", x, s, upstream, axis=axis, impl=impl, interpret=interpret, low=low, high=high
-    )
+    dx, ds = _call("lsq_backward", x, s, upstream, axis=axis, impl=impl, interpret=interpret, low=low, high=high)
     return dx, (gradient_scale * ds).astype(s.dtype)
 
 

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 DEAD = 1e-8
 """The least alpha: a row of zeros gets it instead of a division by 0."""
 
-FAR = 2.0**20
-"""Bound of w / step before rounding: beyond every code, and where adding and subtracting still rounds."""
-
 Nearest = Callable[[Any], Any]
 
 
@@ -45,9 +42,7 @@ def round_groups(w: Float[Array, "R G"], *, bits: int, symmetric: bool) -> Float
     return grid_rows(w.astype(jnp.float32), bits=bits, symmetric=symmetric).astype(w.dtype)
 
 
-def lsq(
-    x: Float[Array, "R I"], s: Float[Array, "R 1"], *, low: int, high: int, axis: int
-) -> Float[Array, "R I"]:
+def lsq(x: Float[Array, "R I"], s: Float[Array, "R 1"], *, low: int, high: int, axis: int) -> Float[Array, "R I"]:
     """LSQ with one scale a row: s has length 1 along ``axis``."""
     del axis
     return lsq_rows(x.astype(jnp.float32), s.astype(jnp.float32), low=low, high=high).astype(x.dtype)
@@ -78,9 +73,6 @@ def grid_rows(
     ``inside`` says which numbers belong to the row; all by default. The others must be 0.
     """
 
-    def rounded(x: Any) -> Any:
-        return nearest(jnp.minimum(jnp.maximum(x, -FAR), FAR))
-
     def only_inside(fill: float) -> Any:
         return w if inside is None else jnp.where(inside, w, fill)
 
@@ -88,12 +80,12 @@ def grid_rows(
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         largest = jnp.abs(w).max(-1, keepdims=True)
         step = jnp.where(largest == 0, 1.0, largest / high)
-        return step * jnp.minimum(jnp.maximum(rounded(w / step), float(low)), float(high))
+        return step * jnp.minimum(jnp.maximum(nearest(w / step), float(low)), float(high))
     top = float(2**bits - 1)
     least = only_inside(jnp.inf).min(-1, keepdims=True)
     step = jnp.maximum(only_inside(-jnp.inf).max(-1, keepdims=True) - least, 1e-5) / top
-    zero = jnp.minimum(jnp.maximum(-rounded(least / step), 0.0), top)
-    return step * (jnp.minimum(jnp.maximum(rounded(w / step) + zero, 0.0), top) - zero)
+    zero = jnp.minimum(jnp.maximum(-nearest(least / step), 0.0), top)
+    return step * (jnp.minimum(jnp.maximum(nearest(w / step) + zero, 0.0), top) - zero)
 
 
 def lsq_rows(x: Any, s: Any, *, low: int, high: int, nearest: Nearest = jnp.round) -> Any:

@@ -58,7 +58,5 @@ def _kernel(x_ref: Any, gain_ref: Any, bias_ref: Any, y_ref: Any, *, bits: int, 
         triton.load(ref.at[pl.ds(0 * pl.program_id(0), 1), lanes], mask=in_row, other=0.0)
         for ref in (gain_ref, bias_ref)
     )
-    y = codes(
-        x, gain, bias, width=width, bits=bits, centred=centred, eps=eps, inside=inside, nearest=half_even
-    )
+    y = codes(x, gain, bias, width=width, bits=bits, centred=centred, eps=eps, inside=inside, nearest=half_even)
     triton.store(y_ref.at[rows, lanes], y.astype(jnp.int8), mask=inside)

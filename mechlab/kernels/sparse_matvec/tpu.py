@@ -1,8 +1,8 @@
 """The sparse product on TPUs: Pallas, lowered by Mosaic.
 
 TPUs have no masked loads, so XLA compacts the indices of the inputs that are on, and the kernel copies those rows only,
-many at a time: while one set of rows is multiplied, the next is under way. How many sets there are is known at run time,
-so nothing is truncated whatever the mask. A row must be one contiguous piece of memory, which in a matrix (K, N) it is
+many at a time: while one set of rows is multiplied, the next is under way. How many sets there are is an argument, so
+nothing is truncated whatever the mask. A row must be one contiguous piece of memory, which in a matrix (K, N) it is
 not: w is kept in slabs (K, N / 128, 128), see ``as_slabs``, whose (N / 128, 128) are whole tiles.
 """
 
@@ -37,7 +37,9 @@ def refusal(m: int, w_shape: tuple[int, ...], dtype: Any) -> str | None:
         return f"the TPU kernel takes float32 and bfloat16, not {dtype}"
     tile = 32 // jnp.dtype(dtype).itemsize
     if len(w_shape) != 3 or w_shape[1] % tile or w_shape[2] != LANES:
-        return f"the TPU kernel takes w in slabs (K, N / {LANES}, {LANES}) with N a multiple of {tile * LANES} in {dtype}"
+        return (
+            f"the TPU kernel takes w in slabs (K, N / {LANES}, {LANES}) with N a multiple of {tile * LANES} in {dtype}"
+        )
     if _rows(w_shape, dtype) < 8:
         return f"the TPU kernel holds several rows at once, and those of {w_shape} are too long"
     return None

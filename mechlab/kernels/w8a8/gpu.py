@@ -3,7 +3,7 @@
 The tensor cores read int8 along K only, so w is transposed to (N, K); a caller who keeps it like that passes w.T, and
 the two cancel. Tiles of 128 inputs fill one row of the swizzled shared memory; copies of the next ones are under way
 while the tensor cores work. With few rows of x there are few tiles of y, so the inputs are split among programs: their
-int32 sums are added outside, in any order the same.
+int32 sums are added outside, in any order the same, and scaled there. With many rows that costs one more pass over y.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def _kernel(x_gmem: Any, w_gmem: Any, y_gmem: Any, *, y_smem: Any, steps: int) -
                     (ROWS, INPUTS), lambda i: (row, part * steps + i), transforms=swizzled(128, 1), delay_release=1
                 ),
                 plgpu.BlockSpec(
-                    (OUTPUTS, INPUTS), lambda i: (output, part * steps + i), transforms=swizzled(128, 1), delay_release=1
+                    (OUTPUTS, INPUTS),
+                    lambda i: (output, part * steps + i),
+                    transforms=swizzled(128, 1),
+                    delay_release=1,
                 ),
             ],
             max_concurrent_steps=STAGES,

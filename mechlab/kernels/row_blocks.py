@@ -80,7 +80,7 @@ def gpu_place(shape: tuple[int, int]) -> tuple[Any, Any, jax.Array]:
 
 
 def half_even(x: Any) -> Any:
-    """``jnp.round``, which Triton does not have. Adding and subtracting 3 2^22 would do, were it not simplified away."""
+    """``jnp.round``, which Triton does not have. Adding and subtracting 3 2^22 is no way: XLA simplifies it away."""
     below = jnp.floor(x)
     rest, half = x - below, 0.5 * below
     odd = jnp.floor(half) != half

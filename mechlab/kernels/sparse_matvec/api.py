@@ -31,8 +31,8 @@ def sparse_matvec(
     Args:
       x: (..., K), floating.
       w: (K, N), of x's type, or in slabs as from ``as_slabs``, which TPUs need.
-      threshold: t >= 0, one per input or one for all: tau / c for WINA, tau for TEAL, 0 for an x that is masked; infinity
-        switches an input off.
+      threshold: t >= 0, one per input or one for all: tau / c for WINA, tau for TEAL, 0 for an x that is masked.
+        Infinity switches an input off.
       impl: "auto" takes the kernel of the platform that the program is compiled for, else the reference; "jnp" is the
         reference, "tpu" and "gpu" insist on a kernel.
       interpret: run the Pallas kernel that ``impl`` names by interpretation, on any platform: for tests, slow.

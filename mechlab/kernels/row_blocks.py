@@ -68,7 +68,7 @@ def gpu_refusal(n: int, width: int) -> str | None:
     return None
 
 
-def gpu_place(shape: tuple[int, int]) -> tuple[Any, Any, jax.Array]:
+def gpu_place(shape: tuple[int, ...]) -> tuple[Any, Any, jax.Array]:
     """Where this program's block lies in an array: its rows, its lanes, and which of it is inside."""
     n, width = shape
     rows, lanes = gpu_block(width)

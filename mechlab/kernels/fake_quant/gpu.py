@@ -100,7 +100,7 @@ def _call(kernel: Callable[..., None], arrays: Any, out_shape: Any, estimate: Co
     )(*arrays)
 
 
-def _load(ref: Any, shape: tuple[int, int]) -> jax.Array:
+def _load(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     """This program's block of an array like x, 0 outside; or of one scale a row, (rows, 1), and 1 outside."""
     rows, lanes, inside = gpu_place(shape)
     if ref.shape == shape:
@@ -108,7 +108,7 @@ def _load(ref: Any, shape: tuple[int, int]) -> jax.Array:
     return triton.load(ref.at[rows, pl.ds(0 * pl.program_id(0), 1)], mask=_rows_inside(shape), other=1.0)
 
 
-def _store(ref: Any, value: jax.Array, shape: tuple[int, int]) -> None:
+def _store(ref: Any, value: jax.Array, shape: tuple[int, ...]) -> None:
     rows, lanes, inside = gpu_place(shape)
     if ref.shape == shape:
         triton.store(ref.at[rows, lanes], value.astype(ref.dtype), mask=inside)
@@ -116,6 +116,6 @@ def _store(ref: Any, value: jax.Array, shape: tuple[int, int]) -> None:
         triton.store(ref.at[rows, pl.ds(0 * pl.program_id(0), 1)], value.astype(ref.dtype), mask=_rows_inside(shape))
 
 
-def _rows_inside(shape: tuple[int, int]) -> jax.Array:
+def _rows_inside(shape: tuple[int, ...]) -> jax.Array:
     rows = gpu_block(shape[1])[0]
     return pl.program_id(0) * rows + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) < shape[0]

@@ -91,7 +91,7 @@ def _kernel(
     def fetch(number: jax.Array) -> None:
         jax.lax.fori_loop(0, rows, lambda row, _: copy(number, row).start(), None)
 
-    def multiply(number: jax.Array, _: None) -> None:
+    def multiply(number: jax.Array, nothing: None) -> None:
         @pl.when(number + 1 < sets_ref[0])
         def _() -> None:
             fetch(number + 1)

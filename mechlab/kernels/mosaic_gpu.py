@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 PROGRAMS = 2 * 132
@@ -11,6 +12,21 @@ PROGRAMS = 2 * 132
 
 STAGES = 4
 """Tiles under way at a time."""
+
+
+def not_hopper() -> str | None:
+    """Why this machine's GPU does not run such kernels, or None; without a GPU they are interpreted or lowered only.
+
+    Their instruction for matrix products is of compute capability 9.0 and no other, older or newer.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+    return (
+        None
+        if capability == "9.0"
+        else f"the GPU kernel is for Hopper, 9.0, and this GPU is of capability {capability}"
+    )
 
 
 def split(steps: int, tiles: int, programs: int) -> int:

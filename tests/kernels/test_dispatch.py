@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -87,6 +88,18 @@ def test_a_jax_without_the_kernels_parts_falls_back_and_says_so(monkeypatch):
     assert w8a8_matmul(CODES.T, CODES, jnp.ones(128)).shape == (128, 128)
     with pytest.raises(NotImplementedError, match="no mosaic"):
         w8a8_matmul(CODES.T, CODES, jnp.ones(128), impl="gpu")
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_products_on_a_gpu_that_is_no_hopper_are_left_to_xla(monkeypatch, capability):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    for name in ("w8a8", "w4a16"):
+        assert CHOICES[name]() == Choice(
+            "jnp", f"the GPU kernel is for Hopper, 9.0, and this GPU is of capability {capability}"
+        )
+    assert CHOICES["fake_quant"]().impl == "gpu"
 
 
 def test_a_kernel_that_this_platform_lacks_is_refused_by_name():

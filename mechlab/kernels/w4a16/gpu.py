@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mechlab.kernels.mosaic_gpu import PROGRAMS, STAGES, interpreter, split, swizzled
+from mechlab.kernels.mosaic_gpu import PROGRAMS, STAGES, interpreter, not_hopper, split, swizzled
 from mechlab.kernels.w4a16.cost import ROWS
 
 OUTPUTS, INPUTS, BYTES = 128, 128, 64
@@ -38,7 +38,7 @@ def refusal(m: int, k: int, n: int, group: int, block: int, dtype: Any) -> str |
         return f"the GPU kernel takes multiples of {INPUTS} inputs and {OUTPUTS} outputs, not {k} and {n}"
     if m > ROWS:
         return f"beyond {ROWS} rows the product is bound by arithmetic, and XLA does it after dequantising once"
-    return None
+    return not_hopper()
 
 
 def matmul(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mechlab.kernels.mosaic_gpu import PROGRAMS, STAGES, interpreter, split, swizzled
+from mechlab.kernels.mosaic_gpu import PROGRAMS, STAGES, interpreter, not_hopper, split, swizzled
 from mechlab.kernels.w8a8.reference import epilogue
 
 ROWS = 64
@@ -36,7 +36,7 @@ def refusal(m: int, k: int, n: int, out_dtype: Any) -> str | None:
         return f"the GPU kernel writes float32, bfloat16 and float16, not {out_dtype}"
     if k % INPUTS or n % OUTPUTS:
         return f"the GPU kernel takes multiples of {INPUTS} inputs and {OUTPUTS} outputs, not {k} and {n}"
-    return None
+    return not_hopper()
 
 
 def matmul(

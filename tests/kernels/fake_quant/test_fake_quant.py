@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mechlab.kernels.fake_quant import choose, cost, gpu, lsq, round_groups, statsq, tpu
@@ -87,7 +87,8 @@ def test_groups_are_those_of_awq_and_of_rounding(vectors, bits):
     np.testing.assert_array_equal(jax.grad(lambda w: (3 * round_groups(w, bits=bits)).sum())(w), jnp.full(w.shape, 3.0))
 
 
-@given(bits=st.integers(2, 8), seed=st.integers(0, 20), scale=st.floats(0.01, 100))
+@settings(max_examples=10)
+@given(bits=st.sampled_from([2, 5, 8]), seed=st.integers(0, 20), scale=st.floats(0.01, 100))
 def test_statsq_has_few_levels_and_follows_its_scale(bits, seed, scale):
     w = normal(3, 40, seed=seed)
     y = np.asarray(statsq(w, bits=bits))
@@ -107,8 +108,9 @@ def test_zero_goes_up_and_bfloat16_has_no_level_too_many():
 
 
 def test_rounding_without_a_rounding_instruction_is_half_to_even():
-    x = jnp.concatenate([jnp.arange(-300, 300) / 2, normal(500) * 100, jnp.asarray([-0.0, 1e6 + 0.5, -(2.0**22)])])
-    np.testing.assert_array_equal(jax.jit(half_even)(x), jnp.round(x))
+    drawn = np.random.default_rng(0).normal(0, 100, 500)
+    x = np.concatenate([np.arange(-300, 300) / 2, drawn, [-0.0, 1e6 + 0.5, -(2.0**22)]]).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(half_even)(x), np.round(x))
 
 
 def test_the_gradients_of_lsq_are_those_written_down():
@@ -124,13 +126,17 @@ def test_the_gradients_of_lsq_are_those_written_down():
     np.testing.assert_allclose(numeric[0, 3:5], slope[3:5], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((37, 96), -1), ((5, 3, 130), -1), ((96, 200), -2), ((2, 24, 40), -2)])
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize(
+    ("impl", "shape", "axis"),
+    [
+        ("tpu", (37, 96), -1),
+        ("tpu", (96, 200), -2),
+        ("tpu", (2, 24, 40), -2),
+        ("gpu", (37, 96), -1),
+        ("gpu", (5, 3, 130), -1),
+    ],
+)
 def test_kernels_equal_the_reference(impl, shape, axis):
-    if impl == "gpu" and axis == -2:
-        with pytest.raises(NotImplementedError, match="side by side in memory"):
-            statsq(normal(*shape), bits=3, axis=axis, impl=impl, interpret=True)
-        return
     w, upstream = normal(*shape), normal(*shape, seed=1)
     s = 0.2 + jax.random.uniform(jax.random.key(2), tuple(np.delete(shape, axis)))
 
@@ -189,6 +195,8 @@ def test_what_the_kernels_do_not_take_is_said():
     assert choose(w).impl == "jnp" and "cpu" in choose(w, axis=-2).reason
     with pytest.raises(NotImplementedError, match="takes float32 and bfloat16, not float16"):
         statsq(w.astype(jnp.float16), bits=2, impl="tpu", interpret=True)
+    with pytest.raises(NotImplementedError, match="side by side in memory"):
+        statsq(w, bits=3, axis=-2, impl="gpu", interpret=True)
     assert "at most 8192" in gpu.refusal((4, 10_000), jnp.dtype("float32"), 1)
     assert "whole rows" in tpu.refusal((4, 30_000), jnp.dtype("float32"), 1)
     assert "empty" in gpu.refusal((0, 4), jnp.dtype("float32"), 1)

@@ -21,12 +21,13 @@ from experiments.bench._peers import VARIABLE
 from mechlab.reporting.results import write_json
 
 LIMITS: dict[str, int] = {
-    "device": 125,
-    "core": 145,
-    "training": 80,
+    "device": 105,
+    "core": 125,
+    "training": 60,
     "patching": 80,
     "patching_maps": 20,
     "rational": 30,
+    "kernels": 60,
     "ibp": 25,
     "adapters": 10,
     "steering": 24,
@@ -40,6 +41,7 @@ ON_CPU: dict[str, int] = {
     "patching": 480,
     "patching_maps": 300,
     "rational": 120,
+    "kernels": 120,
     "ibp": 240,
     "adapters": 240,
     "steering": 240,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mechlab.kernels.dispatch import IMPLS, Choice
+from mechlab.kernels.dispatch import PLATFORMS as KERNELS
 from mechlab.kernels.rational import reference
 from mechlab.kernels.rational.reference import DENOMINATOR, NUMERATOR
 
@@ -20,16 +22,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 FORMS = ("A", "B")
-IMPLS = ("auto", "jnp", "tpu", "gpu")
-KERNELS = {"tpu": "tpu", "gpu": "cuda"}
-"""Backends of Pallas, and the platform that each is lowered for."""
-
-
-class Choice(NamedTuple):
-    """Which backend computes a call: "jnp", "tpu" or "gpu", and why."""
-
-    impl: str
-    reason: str
 
 
 def rational(

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
 import jax.numpy as jnp
 
-from mechlab.kernels.w4a16 import reference
+from mechlab.kernels import dispatch
+from mechlab.kernels.dispatch import Choice
 from mechlab.kernels.w4a16.layout import Packed4
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-IMPLS = ("auto", "jnp", "tpu")
-KERNELS = {"tpu": "tpu"}
-"""Backends of Pallas, and the platform that each is lowered for."""
-
-
-class Choice(NamedTuple):
-    """Which backend computes a call: "jnp" or "tpu", and why."""
-
-    impl: str
-    reason: str
+PACKAGE = "mechlab.kernels.w4a16"
 
 
 def w4a16_matmul(
     x: Float[Array, "... K"],
     kernel: Packed4,
     *,
-    impl: Literal["auto", "jnp", "tpu"] = "auto",
+    impl: Literal["auto", "jnp", "tpu", "gpu"] = "auto",
     interpret: bool = False,
 ) -> Float[Array, "... N"]:
     """``x @ kernel`` with a packed kernel of one layer, as a matrix (K, N).
@@ -43,7 +31,7 @@ def w4a16_matmul(
       x: (..., K), floating.
       kernel: packed, without a layer axis.
       impl: "auto" takes the kernel of the platform that the program is compiled for, else the reference; "jnp" is the
-        reference, "tpu" insists on the kernel.
+        reference, "tpu" and "gpu" insist on a kernel.
       interpret: run the Pallas kernel that ``impl`` names by interpretation, on any platform: for tests, slow.
 
     Raises:
@@ -51,57 +39,36 @@ def w4a16_matmul(
       TypeError: x not floating.
       NotImplementedError: a kernel insisted on that this platform, or this call, does not have.
     """
-    _check(x, kernel, impl)
-    if interpret and impl not in KERNELS:
-        raise ValueError(f'w4a16_matmul: interpret=True needs impl "tpu", got "{impl}".')
+    _check(x, kernel)
     flat = x.reshape(-1, x.shape[-1])
-    if impl in KERNELS:
-        refused = _refusal(flat, kernel, impl, impl if interpret else jax.default_backend())
-        if refused:
-            raise NotImplementedError(f'w4a16_matmul: impl "{impl}": {refused}.')
-        run: Callable[..., jax.Array] = functools.partial(_backend(impl).matmul, interpret=interpret)
-    else:
-        run = reference.matmul
-        chosen = choose(x, kernel).impl if impl == "auto" else "jnp"
-    arrays = (flat, kernel.bytes, kernel.scales, kernel.zeros)
-    if impl == "auto" and chosen != "jnp":
-        per_platform = {KERNELS[chosen]: functools.partial(_backend(chosen).matmul, block=kernel.block)}
-        default = functools.partial(reference.matmul, block=kernel.block)
-        y = jax.lax.platform_dependent(*arrays, default=default, **per_platform)
-    else:
-        y = run(*arrays, block=kernel.block)
+    y = dispatch.call(
+        PACKAGE,
+        "matmul",
+        flat,
+        kernel.bytes,
+        kernel.scales,
+        kernel.zeros,
+        impl=impl,
+        interpret=interpret,
+        refuse=lambda module: _refusal(module, flat.shape[0], x, kernel),
+        block=kernel.block,
+    )
     return y.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def choose(x: Any, kernel: Packed4) -> Choice:
     """What ``w4a16_matmul(..., impl="auto")`` would do on this machine; x may be a ``jax.ShapeDtypeStruct``."""
-    _check(x, kernel, "auto")
-    platform = jax.default_backend()
-    if platform not in KERNELS:
-        return Choice("jnp", f"there is no kernel for {platform}")
-    flat = jax.ShapeDtypeStruct((x.size // x.shape[-1], x.shape[-1]), x.dtype)
-    refused = _refusal(flat, kernel, platform, platform)
-    return Choice("jnp", refused) if refused else Choice(platform, f"the default backend is {platform}")
+    _check(x, kernel)
+    return dispatch.choose(PACKAGE, lambda module: _refusal(module, x.size // x.shape[-1], x, kernel))
 
 
-def _refusal(x: Any, kernel: Packed4, impl: str, platform: str) -> str | None:
-    if platform != impl:
-        return f"this platform is {platform}; interpret=True runs the kernel anywhere"
-    m, k = x.shape
-    if m == 0:
-        return "x is empty"
-    refused: str | None = _backend(impl).refusal(
-        m, k, kernel.bytes.shape[1], kernel.group, kernel.block, jnp.dtype(x.dtype)
-    )
+def _refusal(module: Any, m: int, x: Any, kernel: Packed4) -> str | None:
+    k, n = x.shape[-1], kernel.bytes.shape[1]
+    refused: str | None = module.refusal(m, k, n, kernel.group, kernel.block, jnp.dtype(x.dtype))
     return refused
 
 
-def _backend(impl: str) -> Any:
-    # Pallas takes a while to import, so it is left until a kernel is wanted.
-    return importlib.import_module(f"mechlab.kernels.w4a16.{impl}")
-
-
-def _check(x: Any, kernel: Packed4, impl: str) -> None:
+def _check(x: Any, kernel: Packed4) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"w4a16_matmul: x must be floating, got {x.dtype}.")
     problems = []
@@ -109,7 +76,5 @@ def _check(x: Any, kernel: Packed4, impl: str) -> None:
         problems.append(f"the kernel must be that of one layer, got bytes {kernel.bytes.shape}")
     if x.ndim < 1 or x.shape[-1] != 2 * kernel.bytes.shape[-2]:
         problems.append(f"x must end in {2 * kernel.bytes.shape[-2]} inputs, got {x.shape}")
-    if impl not in IMPLS:
-        problems.append(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if problems:
         raise ValueError(f"w4a16_matmul: {'; '.join(problems)}.")

@@ -35,6 +35,8 @@ GROUPS = (32, 64, 128)
 
 def refusal(m: int, k: int, n: int, group: int, block: int, dtype: Any) -> str | None:
     """Why this kernel does not take such a product, or None."""
+    if m == 0:
+        return "x is empty"
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"the TPU kernel takes float32 and bfloat16, not {dtype}"
     if group not in GROUPS or block < 64:

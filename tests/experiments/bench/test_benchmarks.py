@@ -37,6 +37,17 @@ def test_rational_gives_what_autodiff_gives_and_keeps_only_its_input(tmp_path):
     assert found["backend"]["impl"] == "jnp"
 
 
+def test_kernels_give_what_xla_gives_and_on_a_cpu_none_is_measured(tmp_path, capsys):
+    record = run("kernels", tmp_path)
+    assert not record["kernels are measured"]
+    assert "says nothing about kernels: there is no kernel for cpu" in " ".join(capsys.readouterr().out.split())
+    names = {name.split(",")[0] for name in record["cases"]}
+    assert names == {"w8a8", "w4a16", "norm_int8", "statsq", "groups of 128", "lsq", "gradient of lsq", "sparse_matvec"}
+    for found in record["cases"].values():
+        assert max(found["largest difference, relative"].values()) == 0  # the reference twice
+        assert found["floor (bytes)"] > 0 and len(found["over ours"]) == len(found["microseconds"]) - 1
+
+
 @pytest.mark.slow
 def test_patching_gives_what_edited_forwards_give(tmp_path, monkeypatch):
     monkeypatch.delenv("MECHLAB_PEERS", raising=False)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechlab.kernels.w4a16 import Packed4, choose, pack, pack_int4, tpu, unpack_int4, w4a16_matmul
+from mechlab.kernels.w4a16 import Packed4, choose, gpu, pack, pack_int4, tpu, unpack_int4, w4a16_matmul
 from mechlab.kernels.w4a16.cost import cost
 from mechlab.methods.compression.rounding import quantise
-from tests.kernels.devices import DEVICES
+from tests.kernels.lowering import lowered
 
 SHAPES = {
     "one_row": (1, 256, 128, 64),
@@ -93,9 +93,28 @@ def test_leading_axes_and_vmap():
     np.testing.assert_allclose(jax.vmap(run)(x.reshape(3, 4, 128)).reshape(12, 128), wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "programs"), [((3, 256, 128, 32), 264), ((2, 640, 128, 64), 1), ((64, 256, 128, 128), 1)]
+)
+def test_the_gpu_kernel_equals_the_product_in_float64(monkeypatch, sizes, programs):
+    # The inputs are split among programs, or, where fewer programs do, walked by one.
+    monkeypatch.setattr(gpu, "PROGRAMS", programs)
+    x, kernel = draw(*sizes, jnp.bfloat16)
+    got = gpu.matmul(x, kernel.bytes, kernel.scales, kernel.zeros, block=kernel.block, interpret=True)
+    wanted = exact(x.astype(jnp.float32), kernel)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * np.sqrt(x.shape[1]) * np.abs(wanted).max())
+
+
 @pytest.mark.parametrize("sizes", [(1, 4096, 4096, 128), (16, 4096, 11008, 32), (64, 1024, 1152, 64)])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_the_kernel_lowers_for_a_tpu_without_one(sizes, dtype):
+@pytest.mark.parametrize(
+    ("impl", "dtype", "call"),
+    [
+        ("tpu", jnp.bfloat16, "tpu_custom_call"),
+        ("tpu", jnp.float32, "tpu_custom_call"),
+        ("gpu", jnp.bfloat16, "mosaic_gpu"),
+    ],
+)
+def test_the_kernels_lower_for_their_platform_without_it(sizes, impl, dtype, call):
     m, k, n, group = sizes
     block = max(64, group)
     shapes = [
@@ -105,9 +124,18 @@ def test_the_kernel_lowers_for_a_tpu_without_one(sizes, dtype):
         ((k // group, n), jnp.bfloat16),
     ]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    with jax.sharding.use_abstract_mesh(DEVICES["tpu"]):
-        run = jax.jit(functools.partial(tpu.matmul, block=block))
-        assert "tpu_custom_call" in run.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    run = functools.partial({"tpu": tpu, "gpu": gpu}[impl].matmul, block=block)
+    assert call in lowered(run, *arguments, impl=impl)
+
+
+def test_the_kernels_are_differentiated_as_the_reference():
+    x, kernel = draw(4, 128, 128, 64)
+
+    def loss(x, kernel, impl):
+        return (w4a16_matmul(x, kernel, impl=impl, interpret=impl != "jnp") * jnp.arange(128)).sum()
+
+    got, wanted = (jax.grad(loss)(x, kernel, impl) for impl in ("tpu", "jnp"))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-3)
 
 
 def test_the_floor_is_about_half_a_byte_a_weight():
@@ -123,6 +151,9 @@ def test_what_the_kernel_does_not_take_is_said():
         w4a16_matmul(x, kernel, impl="tpu", interpret=True)
     with pytest.raises(NotImplementedError, match="this platform is cpu"):
         w4a16_matmul(x, kernel, impl="tpu")
+    for dtype, message in ((jnp.float32, "bfloat16 and float16"), (jnp.bfloat16, "groups of 32, 64, 128 in blocks")):
+        with pytest.raises(NotImplementedError, match=message):
+            w4a16_matmul(x.astype(dtype), kernel, impl="gpu", interpret=True)
     wide, kernel = draw(80, 128, 128, 64)
     with pytest.raises(NotImplementedError, match="beyond 64 rows"):
         w4a16_matmul(wide, kernel, impl="tpu", interpret=True)
@@ -135,7 +166,7 @@ def test_bad_arguments_are_refused():
         with pytest.raises((ValueError, TypeError), match=message):
             w4a16_matmul(bad, kernel)
     with pytest.raises(ValueError, match="impl must be one of"):
-        w4a16_matmul(x, kernel, impl="gpu")
+        w4a16_matmul(x, kernel, impl="triton")
     with pytest.raises(ValueError, match=r"0\.\.15, got 0\.\.16"):
         pack_int4(np.full((4, 1), 16) * np.asarray([[0], [1], [1], [1]]), 4)
     with pytest.raises(ValueError, match="even and divide"):

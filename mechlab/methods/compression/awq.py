@@ -16,6 +16,10 @@ but q and k, the largest weights of each group are clipped::
     params, report = awq(model, params, tokens, bits=4, group=32)      # kernels become QTensors; embeddings stay
 
 Inputs are those of the unquantised model, which scaling does not change: one pass serves the search of all layers.
+
+The observations that lead there are ``mixed_salient`` (a few inputs kept unrounded, the paper's Table 1) and
+``scaled_salient`` (the same inputs scaled by one s instead, Table 2): with Delta the step of a group, the error of a
+scaled weight changes by (Delta' / Delta) (1 / s), and Delta' stays Delta until s makes a scaled weight the largest.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from mechlab.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 RATIOS = tuple(i / 20 for i in range(20))
 SHRINK = tuple(1 - t / 20 for t in range(10))
@@ -135,6 +139,39 @@ def awq_clip(kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, 
 
     best = jax.lax.map(error, jnp.asarray(SHRINK)).argmin(0)
     return most * jnp.asarray(SHRINK)[best]
+
+
+def salient(
+    kernel: Float[Array, "I O"], magnitude: Float[Array, " I"], share: float, by: str, key: jax.Array | None = None
+) -> Bool[Array, " I"]:
+    """The inputs to protect, at least one: by mean |x| ("act"), by the length of their weights ("weight"), "random".
+
+    Raises:
+      ValueError: another rule, a share outside (0, 1], or no key for "random".
+    """
+    if by not in ("act", "weight", "random") or not 0 < share <= 1 or (by == "random" and key is None):
+        raise ValueError(
+            f'salient: wanted act, weight, or random with a key, and a share in (0, 1], got "{by}", {share}.'
+        )
+    scores = {"act": lambda: magnitude, "weight": lambda: jnp.square(kernel).sum(1)}
+    order = jax.random.permutation(key, len(kernel)) if key is not None and by == "random" else scores[by]()
+    return jnp.argsort(jnp.argsort(-order)) < max(1, round(share * len(kernel)))
+
+
+def mixed_salient(kernel: jax.Array, kept: Bool[Array, " I"], *, bits: int, group: int, inputs: int = 1) -> jax.Array:
+    """The kernel rounded to nearest but for some inputs, whose weights stay as they are; shaped like the kernel."""
+    rounded = quantise(kernel, bits=bits, group=group, inputs=inputs).dequantise().reshape(len(kept), -1)
+    return jnp.where(kept[:, None], as_matrix(kernel, inputs=inputs), rounded).reshape(kernel.shape)
+
+
+def scaled_salient(
+    kernel: jax.Array, kept: Bool[Array, " I"], factor: float | jax.Array, *, bits: int, group: int, inputs: int = 1
+) -> tuple[jax.Array, Float[Array, "I/G O"]]:
+    """The kernel rounded with some inputs scaled by a factor, taken back afterwards; and Delta' / Delta by group."""
+    matrix = as_matrix(kernel, inputs=inputs)
+    s = jnp.where(kept, factor, 1.0)[:, None]
+    plain, scaled = (quantise(w, bits=bits, group=group) for w in (matrix, matrix * s))
+    return (scaled.dequantise() / s).reshape(kernel.shape), scaled.scales / plain.scales
 
 
 def awq(

@@ -66,8 +66,8 @@ CLAIMS: tuple[Claim, ...] = (
         "salient_by_activation",
         "The channels to protect are found by the activations, not by the weights.",
         "table 1",
-        "3 bits, one input channel in a hundred of each kernel left unrounded: lower KL when chosen by mean |x| than by the "
-        "length of its weights or at random, in every seed",
+        "3 bits, one input channel in a hundred of a kernel left unrounded: lower KL when chosen by mean |x| than by "
+        "the length of its weights or at random, in every seed",
         _salient,
     ),
     _claim(

@@ -93,8 +93,13 @@ def with_texts(model: Model, params: Any, tokenizer: Any) -> Subject:
 
 def _draw_tales(key: jax.Array, n: int, length: int, domain: str | None = None, held_out: bool = False) -> jax.Array:
     own = stream(key, "held out") if held_out else key
-    genres = None if domain is None else (domain,)
-    return jnp.asarray(tales.sample_batch(own, n, length=length, genres=genres)["tokens"])
+    return _sample(own, n, domain)[:, :length]
+
+
+@functools.partial(jax.jit, static_argnames=("n", "genre"))
+def _sample(key: jax.Array, n: int, genre: str | None) -> jax.Array:
+    # Whole rows, to be cut: one program serves calibration and evaluation.
+    return tales.sample_batch(key, n, genres=None if genre is None else (genre,))["tokens"]
 
 
 def _draw_rows(

@@ -5,8 +5,8 @@
     python -m experiments run awq --preset stories           # a second subject: stories260K, a group per output
     python -m experiments run awq --set model=HUB_ID_OR_FOLDER out=FOLDER group=128
 
-The last one quantises any decoder that ``models.hub`` opens to 4 bits, writes it to a folder, opens it again and lets it
-write with packed kernels.
+The last one quantises any decoder that ``models.hub`` opens to 4 bits, writes it to a folder, opens it again and lets
+it write with packed kernels.
 
 Kernels of the blocks are rounded with groups of 32 inputs, embeddings are not. Beside AWQ stand rounding to nearest, a
 few channels kept unrounded or scaled by one factor, and GPTQ (static groups, inputs by falling activity, every layer

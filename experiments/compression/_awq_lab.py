@@ -214,7 +214,7 @@ def planted(lab: Lab, key: jax.Array, factor: float) -> None:
 
 def calibration(lab: Lab, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One draw of texts, and what every kernel reads on them."""
-    tokens = lab.subject.draw(key, lab.config.texts, lab.config.length)
+    tokens = lab.subject.draw(stream(key, "texts"), lab.config.texts, lab.config.length)
     return tokens, calibrate(lab.subject.model, lab.subject.params, tokens)
 
 

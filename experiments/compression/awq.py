@@ -62,13 +62,13 @@ class Config:
     bits: tuple[int, ...] = (3, 4)
     group: int | None = 32
     seeds: int = 3
-    texts: int = 16
+    texts: int = 8
     length: int = 128
     held_out: int = 16
     held_length: int = 256
     shares: tuple[float, ...] = (0.03, 0.1)
     factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 4.0)
-    sizes: tuple[int, ...] = (1, 4)
+    sizes: tuple[int, ...] = (1, 2)
     shift: bool = True
     planted: tuple[float, ...] = (8.0, 32.0)
 

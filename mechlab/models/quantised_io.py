@@ -97,7 +97,7 @@ def load_quantised(
       dtype: of the model's computations and of the parameters that are not quantised.
 
     Returns:
-      The model, its parameters, its tokenizer (None, with a warning, where there is none), and the card.
+      The model, its parameters, its tokenizer (None where none was written), and the card.
 
     Raises:
       FileNotFoundError: a folder without such a file: no folder, a plain checkpoint, or one that was not finished.
@@ -120,7 +120,8 @@ def load_quantised(
     given |= {path: jnp.asarray(array, dtype) for path, array in tensors.items()}
     expected = _require_fit(str(folder), model, given)
     params = jax.tree.unflatten(jax.tree.structure(expected), [given[path] for path in _by_path(expected)])
-    return model, params, hub.load_tokenizer(folder), json.loads(header["card"])
+    tokenizer = hub.load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    return model, params, tokenizer, json.loads(header["card"])
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

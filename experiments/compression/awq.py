@@ -64,11 +64,11 @@ class Config:
     seeds: int = 3
     texts: int = 8
     length: int = 128
-    held_out: int = 16
+    held_out: int = 8
     held_length: int = 256
     shares: tuple[float, ...] = (0.03, 0.1)
     factors: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0, 4.0)
-    sizes: tuple[int, ...] = (1, 2)
+    sizes: tuple[int, ...] = (2,)
     shift: bool = True
     planted: tuple[float, ...] = (8.0, 32.0)
 

@@ -47,7 +47,6 @@ BLOCK = 128
 """Rows whose errors are applied behind them at once, at most."""
 
 
-@jax.jit
 def hessian(x: Float[ArrayLike, "... I"]) -> Float[Array, "I I"]:
     """``2/N sum x x^T`` over all N leading positions, float32."""
     rows = jnp.asarray(x, jnp.float32).reshape(-1, np.shape(x)[-1])
@@ -95,16 +94,17 @@ def gptq(
             "gptq: act_order needs static_groups=True, since a group's inputs no longer follow each other."
         )
     order, factor, dead = _factor(hessian, matrix.shape[0], damp, act_order)
-    matrix = jnp.where(dead[:, None], 0, matrix)
+    matrix = jnp.where(jnp.asarray(dead)[:, None], 0, matrix)
     options: dict[str, Any] = {
         "bits": bits,
         "symmetric": symmetric,
         "include_zero": axis == "oc" if include_zero is None else include_zero,
     }
-    along = 1 if axis == "oc" else 2
+    cut, along = in_groups(matrix, group, axis)
     rows, upper = matrix[order], jnp.asarray(factor, jnp.float32)
     if axis == "oc" and (static_groups or group == len(matrix)):
-        grid, spread = _static(matrix, order, group=group, options=_frozen(options))
+        grid = find_grid(cut, axis=along, **options)
+        spread = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, cut.shape).reshape(matrix.shape)[order], grid)
         codes, _ = _rows(
             rows, upper, spread, group=None, axis=axis, block=_block(len(matrix)), options=_frozen(options)
         )
@@ -115,16 +115,6 @@ def gptq(
     if axis == "ic":
         grid = jax.tree.map(lambda leaf: leaf[back], grid)
     return as_qtensor(codes[back], grid, along, kernel.shape)
-
-
-@functools.partial(jax.jit, static_argnames=("group", "options"))
-def _static(
-    matrix: jax.Array, order: jax.Array, *, group: int, options: tuple[tuple[str, Any], ...]
-) -> tuple[Grid, Grid]:
-    """The grids of a kernel as it was, (I / G, 1, O), and the same for every row, (I, O), in the order of rounding."""
-    cut, along = in_groups(matrix, group, "oc")
-    grid = find_grid(cut, axis=along, **dict(options))
-    return grid, jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, cut.shape).reshape(matrix.shape)[order], grid)
 
 
 @functools.partial(jax.jit, static_argnames=("group", "axis", "block", "options"))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from experiments.measures import of_seeds
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
 Verdict = tuple[bool | None, str]
-
-
-def _values(metric: Metric) -> str:
-    return ", ".join(f"{value:.4f}" for value in metric.per_seed or ())
 
 
 def _pairs(metrics: Metrics, ours: str, other: str) -> list[tuple[float, float]]:
@@ -21,7 +18,7 @@ def _pairs(metrics: Metrics, ours: str, other: str) -> list[tuple[float, float]]
 def _salient(metrics: Metrics) -> Verdict:
     kinds = {by: f"kl/3/kept_{by}_low" for by in ("act", "weight", "random")}
     holds = all(a < b for by in ("weight", "random") for a, b in _pairs(metrics, kinds["act"], kinds[by]))
-    return holds, "; ".join(f"{by} {_values(metrics[name])}" for by, name in kinds.items())
+    return holds, "; ".join(f"{by} {of_seeds(metrics[name], '.4f')}" for by, name in kinds.items())
 
 
 def _scaling(metrics: Metrics) -> Verdict:
@@ -36,7 +33,10 @@ def _beats_rtn(metrics: Metrics) -> Verdict:
         all(a <= factor * b for a, b in _pairs(metrics, f"kl/{bits}/awq", f"kl/{bits}/rtn"))
         for bits, factor in ((3, 0.9), (4, 1.0))
     )
-    parts = [f"{b} bits: {_values(metrics[f'kl/{b}/awq'])} against {metrics[f'kl/{b}/rtn'].value:.4f}" for b in (3, 4)]
+    parts = [
+        f"{b} bits: {of_seeds(metrics[f'kl/{b}/awq'], '.4f')} against {metrics[f'kl/{b}/rtn'].value:.4f}"
+        for b in (3, 4)
+    ]
     return three and four, "; ".join(parts)
 
 
@@ -52,10 +52,7 @@ def _never_worse(metrics: Metrics) -> Verdict:
 
 def _shift(metrics: Metrics) -> Verdict:
     rise = {name: metrics[f"shift_rise/{name}"] for name in ("awq", "gptq")}
-    text = "; ".join(
-        f"{name} {metric.value:+.1f} % ({', '.join(f'{value:+.1f}' for value in metric.per_seed or ())})"
-        for name, metric in rise.items()
-    )
+    text = "; ".join(f"{name} {metric.value:+.1f} % ({of_seeds(metric, '+.1f')})" for name, metric in rise.items())
     return rise["awq"].value < rise["gptq"].value, f"KL calibrated on another domain over that on its own: {text}"
 
 

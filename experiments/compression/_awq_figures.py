@@ -19,7 +19,7 @@ KL = "KL (nats per token)"
 
 METHODS = {"rtn": "rounding", "awq_scale": "AWQ, scales", "awq": "AWQ, scales and clip", "gptq": "GPTQ"}
 
-CRITERIA = {"act": "activations", "weight": "weights", "random": "random"}
+CRITERIA = {"act": "by activations", "weight": "by weights", "random": "at random"}
 
 SITES = {"attn_in": "q, k, v", "attn_z": "o", "mlp_in": "up, gate", "mlp_act": "down"}
 
@@ -37,7 +37,7 @@ def all_figures(metrics: Mapping[str, Metric], config: Config) -> dict[str, Figu
         figures[f"methods_{b}"] = arm_bars(arms, ylabel=KL, title=f"{b} bits, {groups}")
         shares = {"low": "1 %"} | {f"{share:g}": f"{100 * share:g} %" for share in config.shares}
         kept = {
-            f"{share}, by {criterion}": seeds(f"kl/{b}/kept_{by}_{label}")
+            f"{share}, {criterion}": seeds(f"kl/{b}/kept_{by}_{label}")
             for label, share in shares.items()
             for by, criterion in CRITERIA.items()
         }

@@ -11,7 +11,7 @@ b come from ``methods/adaptation``.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,15 @@ from flax import struct
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """A kernel in few bits, however it lies in memory: ``QTensor``, or ``kernels.w4a16.Packed4``."""
+
+    def dequantise(self, dtype: jnp.dtype | str = ...) -> jax.Array:
+        """The kernel as an array, its shape behind any layer axes."""
+        ...
 
 
 @struct.dataclass
@@ -67,12 +76,12 @@ class LowRank:
       b: ``(..., r, *out)``.
     """
 
-    kernel: Float[Array, "... I O"] | QTensor
+    kernel: Float[Array, "... I O"] | Quantised
     a: Float[Array, "... I R"]
     b: Float[Array, "... R O"]
 
 
-def as_array(kernel: jax.Array | QTensor, dtype: jnp.dtype | str) -> jax.Array:
+def as_array(kernel: jax.Array | Quantised, dtype: jnp.dtype | str) -> jax.Array:
     """A kernel, quantised or not, as an array of this dtype.
 
     Raises:
@@ -80,4 +89,4 @@ def as_array(kernel: jax.Array | QTensor, dtype: jnp.dtype | str) -> jax.Array:
     """
     if isinstance(kernel, LowRank):
         raise TypeError("this needs the kernel itself, got one with a low-rank change beside it: merge the adapter.")
-    return kernel.dequantise(dtype) if isinstance(kernel, QTensor) else kernel.astype(dtype)
+    return kernel.dequantise(dtype) if isinstance(kernel, Quantised) else kernel.astype(dtype)

@@ -35,6 +35,9 @@ from mechlab.models.families.tables import Row
 from mechlab.models.transformer import LOGICAL_AXES
 from mechlab.models.vit import ViTModule
 
+QUANTISED = "quantised.safetensors"
+"""The file of ``models.quantised_io``, which stands in a folder instead of model.safetensors."""
+
 _FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 
 
@@ -83,18 +86,27 @@ def load(source: str | Path, *, dtype: str = "float32", mesh: Mesh | None = None
     folder = path if path.is_dir() else _download(str(source))
     model, params = load_model(folder, dtype=dtype, mesh=mesh)
     has_text = not isinstance(model, Model) or not isinstance(model.module, ViTModule)
-    return model, params, _tokenizer(folder) if has_text else None
+    return model, params, load_tokenizer(folder) if has_text else None
 
 
 def load_model(folder: Path, *, dtype: str = "float32", mesh: Mesh | None = None) -> tuple[Any, Any]:
     """The model and parameters of a checkpoint's folder, without a tokenizer; arguments and errors as in ``load``."""
+    family, model = _described(folder, dtype)
+    return model, _read_params(folder, family, model, dtype, mesh)
+
+
+def load_config(folder: Path, *, dtype: str = "float32") -> Any:
+    """The model that a folder's ``config.json`` describes, without parameters; arguments and errors as in ``load``."""
+    return _described(folder, dtype)[1]
+
+
+def _described(folder: Path, dtype: str) -> tuple[Family, Any]:
     raw = _read_json(folder / "config.json")
     if raw.get("model_type") not in FAMILIES:
         raise unknown(f"model_type in {folder / 'config.json'}", str(raw.get("model_type")), FAMILIES)
     family = FAMILIES[raw["model_type"]]
     config = family.read(Fields(raw, str(folder / "config.json")))
-    model = family.build(_with_dtype(config, dtype))
-    return model, _read_params(folder, family, model, dtype, mesh)
+    return family, family.build(_with_dtype(config, dtype))
 
 
 def export(folder: str | Path, model: Any, params: Any, *, family: str | None = None) -> None:
@@ -128,10 +140,18 @@ def export(folder: str | Path, model: Any, params: Any, *, family: str | None = 
             tensors[tensor] = np.asarray(row.layout.join(parts), order="C")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = str(next(iter(tensors.values())).dtype)
+    export_config(folder, model, dtype=str(next(iter(tensors.values())).dtype), family=name)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def export_config(folder: Path, model: Any, *, dtype: str = "float32", family: str | None = None) -> None:
+    """Write ``config.json`` alone into a folder that is there; arguments and errors as in ``export``.
+
+    ``dtype`` is what the file says of the parameters.
+    """
+    name = _family_of(_config_of(model), [family] if family else list(FAMILIES))
     written = {"model_type": name, "torch_dtype": dtype, **FAMILIES[name].write(_config_of(model))}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _load_file(path: Path, dtype: str, mesh: Mesh | None) -> tuple[Any, Any, Any]:
@@ -248,6 +268,8 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> list[Any]:
             shards = sorted(set(_read_json(index)["weight_map"].values()))
         elif pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
             raise _pickled(pickled[0])
+        elif (folder / QUANTISED).is_file():
+            raise ValueError(f"{folder} holds quantised kernels: open it with models.quantised_io.load_quantised.")
         else:
             raise FileNotFoundError(
                 f"{folder} holds neither model.safetensors nor {index.name}; pickled weights cannot be opened."
@@ -347,7 +369,8 @@ def _check_params(expected: dict[str, Any], given: dict[str, Any]) -> None:
         raise ValueError(f"these are not the model's parameters: {'; '.join(wrong)}.")
 
 
-def _tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's folder; None, with a warning that says why, where it cannot be had."""
     path = folder / "tokenizer.json"
     reason = "" if path.is_file() else f"{folder} has no tokenizer.json"
     if not reason:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mechlab.core.kernel_forms import LowRank, QTensor, as_array
+from mechlab.core.kernel_forms import LowRank, Quantised, as_array
 from mechlab.core.sites import in_use, site
+from mechlab.kernels.w4a16 import Packed4, w4a16_matmul
 
 MASKED = -1e30
 """Score of a forbidden key. Finite, so that an edit which scales scores never makes an infinity or NaN of it."""
@@ -27,12 +28,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 NORMS = ("layer", "rms", "rms_plus_one")
 
 
-def linear(x: jax.Array, kernel: jax.Array | QTensor | LowRank, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array | Quantised | LowRank, bias: jax.Array | None, inputs: int = 1) -> jax.Array:
     """``x @ kernel + bias`` in x's dtype.
 
     Args:
       x: ``(..., *in)``.
-      kernel: ``(*in, *out)``, with ``inputs`` input axes; an array, or in a form of ``core/kernel_forms.py``.
+      kernel: ``(*in, *out)``, with ``inputs`` input axes; an array, or in a form of ``core/kernel_forms.py``. A
+        ``Packed4`` is never made whole where ``kernels/w4a16`` has a kernel for the platform and the number of rows.
       bias: ``(*out,)`` or None.
       inputs: number of input axes.
 
@@ -42,6 +44,9 @@ def linear(x: jax.Array, kernel: jax.Array | QTensor | LowRank, bias: jax.Array 
     if isinstance(kernel, LowRank):
         low = jnp.tensordot(x, kernel.a.astype(x.dtype), axes=inputs)
         y = linear(x, kernel.kernel, None, inputs) + jnp.tensordot(low, kernel.b.astype(x.dtype), axes=1)
+    elif isinstance(kernel, Packed4):
+        leading = x.shape[: x.ndim - inputs]
+        y = w4a16_matmul(x.reshape(*leading, -1), kernel).reshape(*leading, *kernel.shape[inputs:])
     else:
         y = jnp.tensordot(x, as_array(kernel, x.dtype), axes=inputs)
     return y if bias is None else y + bias.astype(x.dtype)
@@ -64,7 +69,7 @@ class Linear(nn.Module):
         std = math.prod(shape[: self.inputs]) ** -0.5 if self.init_std is None else self.init_std
         # Flax compares the parameter's leaves with those of its initialiser; a kernel in another form has others.
         given: Any = self.get_variable("params", "kernel")
-        other = isinstance(given, QTensor | LowRank)
+        other = isinstance(given, Quantised | LowRank)
         kernel = given if other else self.param("kernel", nn.initializers.normal(std), shape)
         bias = self.param("bias", nn.initializers.zeros, self.out) if self.use_bias else None
         return linear(x, kernel, bias, self.inputs)

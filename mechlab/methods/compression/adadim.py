@@ -47,7 +47,9 @@ class Choice(NamedTuple):
     axis: np.ndarray
 
 
-def choose_dim(model: Model, params: Any, acts: dict[str, jax.Array], *, bits: int, group: int) -> dict[str, Choice]:
+def choose_dim(
+    model: Model, params: Any, acts: dict[str, jax.Array], *, bits: int, group: int | None
+) -> dict[str, Choice]:
     """The direction of every kernel and layer, by its name.
 
     Args:
@@ -60,7 +62,7 @@ def choose_dim(model: Model, params: Any, acts: dict[str, jax.Array], *, bits: i
     """
     config = model.module.config
     for place in places(config):
-        _require_both(place, kernel_of(params, place), group)
+        _require_group(place, kernel_of(params, place), group, AXES)
     losses = {
         place.name: np.asarray(_losses(config, params["blocks"], place, acts[place.site], bits=bits, group=group))
         for place in places(config)
@@ -74,7 +76,7 @@ def adadim(
     tokens: Int[ArrayLike, "B T"],
     *,
     bits: int,
-    group: int,
+    group: int | None,
     method: str = "rtn",
     axis: str | None = None,
 ) -> tuple[Any, dict[str, Choice]]:
@@ -89,19 +91,21 @@ def adadim(
 
     Returns:
       Parameters with a dequantised kernel where layers differ in direction, since their scales have different shapes,
-      and a ``QTensor`` where all layers of a kernel agree; and the choices.
+      and a ``QTensor`` where all layers of a kernel agree; and the choices, none where ``axis`` is given.
 
     Raises:
-      ValueError: another method or axis; as ``choose_dim`` and ``gptq``.
+      ValueError: another method or axis; as ``choose_dim``, ``rounding.quantise`` and ``gptq``.
     """
     if method not in ("rtn", "gptq"):
         raise ValueError(f'adadim: method must be "rtn" or "gptq", got "{method}".')
     config = model.module.config
     acts = calibrate(model, params, tokens)
-    chosen = choose_dim(model, params, acts, bits=bits, group=group)
+    chosen = choose_dim(model, params, acts, bits=bits, group=group) if axis is None else {}
     kernels = {}
     for place in places(config):
         kernel = kernel_of(params, place)
+        if axis is not None:
+            _require_group(place, kernel, group, (axis,))
         axes = chosen[place.name].axis if axis is None else np.repeat(axis, config.layers)
         layers = [
             _round(kernel[layer], acts[place.site][layer], str(axes[layer]), place.inputs, bits, group, method)
@@ -114,7 +118,7 @@ def adadim(
     return with_kernels(params, kernels), chosen
 
 
-def _round(kernel: Any, x: Any, axis: str, inputs: int, bits: int, group: int, method: str) -> QTensor:
+def _round(kernel: Any, x: Any, axis: str, inputs: int, bits: int, group: int | None, method: str) -> QTensor:
     if method == "rtn":
         return quantise(kernel, bits=bits, group=group, axis=axis, inputs=inputs)
     h = hessian(x.reshape(-1, int(np.prod(x.shape[2:]))))
@@ -123,7 +127,7 @@ def _round(kernel: Any, x: Any, axis: str, inputs: int, bits: int, group: int, m
 
 
 @functools.partial(jax.jit, static_argnames=("config", "place", "bits", "group"))
-def _losses(config: TransformerConfig, blocks: Any, place: Place, x: Any, *, bits: int, group: int) -> jax.Array:
+def _losses(config: TransformerConfig, blocks: Any, place: Place, x: Any, *, bits: int, group: int | None) -> jax.Array:
     of, part = place.name.split("/")
 
     def one(params: Any, x: jax.Array, layer: jax.Array) -> jax.Array:
@@ -141,7 +145,7 @@ def _losses(config: TransformerConfig, blocks: Any, place: Place, x: Any, *, bit
 
 
 def channel_sensitivity(
-    kernel: Float[ArrayLike, "I O"], gradient: Float[ArrayLike, "I O"], *, bits: int, group: int, axis: str
+    kernel: Float[ArrayLike, "I O"], gradient: Float[ArrayLike, "I O"], *, bits: int, group: int | None, axis: str
 ) -> tuple[jax.Array, jax.Array]:
     """How much rounding the weights of each input (I,), and of each output (O,), costs: sum of (gradient x error)^2.
 
@@ -154,10 +158,10 @@ def channel_sensitivity(
     return cost.sum(1), cost.sum(0)
 
 
-def _require_both(place: Place, kernel: Any, group: int) -> None:
+def _require_group(place: Place, kernel: Any, group: int | None, axes: tuple[str, ...]) -> None:
     shape = kernel.shape[1:]
     size = int(np.prod(shape[: place.inputs])), int(np.prod(shape[place.inputs :]))
-    for axis in AXES:
+    for axis in axes:
         try:
             require_group(size, group, axis)
         except ValueError as error:

@@ -16,6 +16,10 @@ but q and k, the largest weights of each group are clipped::
     params, report = awq(model, params, tokens, bits=4, group=32)      # kernels become QTensors; embeddings stay
 
 Inputs are those of the unquantised model, which scaling does not change: one pass serves the search of all layers.
+
+The observations that lead there are ``mixed_salient`` (a few inputs kept unrounded, the paper's Table 1) and
+``scaled_salient`` (the same inputs scaled by one s instead, Table 2): with Delta the step of a group, the error of a
+scaled weight changes by (Delta' / Delta) (1 / s), and Delta' stays Delta until s makes a scaled weight the largest.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from mechlab.models.transformer_config import TransformerConfig
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 RATIOS = tuple(i / 20 for i in range(20))
 SHRINK = tuple(1 - t / 20 for t in range(10))
@@ -75,7 +79,7 @@ def awq_scale(
     magnitude: Float[ArrayLike, "*C"],
     *,
     bits: int,
-    group: int,
+    group: int | None,
     ratios: tuple[float, ...] = RATIOS,
 ) -> Search:
     """The factors of one input, for the kernels that read it.
@@ -84,7 +88,7 @@ def awq_scale(
       inspect: F of the kernels, with the calibration input inside.
       kernels: input axes first, each.
       magnitude: a, the mean |x_i| of every input.
-      bits, group: of the grid, plain asymmetric.
+      bits, group: of the grid, plain asymmetric; None for one group of all inputs, here and below.
       ratios: alpha.
 
     Returns:
@@ -110,7 +114,9 @@ def awq_scale(
     return Search(scaled(jnp.asarray(ratios)[losses.argmin()]), losses)
 
 
-def awq_clip(kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, group: int) -> Float[Array, "I/G O"]:
+def awq_clip(
+    kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, group: int | None
+) -> Float[Array, "I/G O"]:
     """The largest |w| to keep, for each group of G inputs of each output.
 
     Args:
@@ -137,8 +143,49 @@ def awq_clip(kernel: Float[Array, "I O"], x: Float[Array, "N I"], *, bits: int, 
     return most * jnp.asarray(SHRINK)[best]
 
 
+def salient(
+    kernel: Float[Array, "I O"], magnitude: Float[Array, " I"], share: float, by: str, key: jax.Array | None = None
+) -> Bool[Array, " I"]:
+    """The inputs to protect, at least one: by mean |x| ("act"), by the length of their weights ("weight"), "random".
+
+    Raises:
+      ValueError: another rule, a share outside (0, 1], or no key for "random".
+    """
+    if by not in ("act", "weight", "random") or not 0 < share <= 1 or (by == "random" and key is None):
+        raise ValueError(
+            f'salient: wanted act, weight, or random with a key, and a share in (0, 1], got "{by}", {share}.'
+        )
+    scores = {"act": lambda: magnitude, "weight": lambda: jnp.square(kernel).sum(1)}
+    order = jax.random.permutation(key, len(kernel)) if key is not None and by == "random" else scores[by]()
+    return jnp.argsort(jnp.argsort(-order)) < max(1, round(share * len(kernel)))
+
+
+def mixed_salient(
+    kernel: jax.Array, kept: Bool[Array, " I"], *, bits: int, group: int | None, inputs: int = 1
+) -> jax.Array:
+    """The kernel rounded to nearest but for some inputs, whose weights stay as they are; shaped like the kernel."""
+    rounded = quantise(kernel, bits=bits, group=group, inputs=inputs).dequantise().reshape(len(kept), -1)
+    return jnp.where(kept[:, None], as_matrix(kernel, inputs=inputs), rounded).reshape(kernel.shape)
+
+
+def scaled_salient(
+    kernel: jax.Array,
+    kept: Bool[Array, " I"],
+    factor: float | jax.Array,
+    *,
+    bits: int,
+    group: int | None,
+    inputs: int = 1,
+) -> tuple[jax.Array, Float[Array, "I/G O"]]:
+    """The kernel rounded with some inputs scaled by a factor, taken back afterwards; and Delta' / Delta by group."""
+    matrix = as_matrix(kernel, inputs=inputs)
+    s = jnp.where(kept, factor, 1.0)[:, None]
+    plain, scaled = (quantise(w, bits=bits, group=group) for w in (matrix, matrix * s))
+    return (scaled.dequantise() / s).reshape(kernel.shape), scaled.scales / plain.scales
+
+
 def awq(
-    model: Model, params: Any, tokens: Int[ArrayLike, "B T"], *, bits: int, group: int, clip: bool = True
+    model: Model, params: Any, tokens: Int[ArrayLike, "B T"], *, bits: int, group: int | None, clip: bool = True
 ) -> tuple[Any, Report]:
     """A decoder whose blocks' kernels are quantised by AWQ; embeddings, norms and unembedding stay.
 
@@ -147,7 +194,7 @@ def awq(
       params: its parameters.
       tokens: calibration texts (B, T), without padding.
       bits: 2..8.
-      group: inputs that share a step; it must divide the inputs of every kernel.
+      group: inputs that share a step; it must divide the inputs of every kernel. None for all of them.
       clip: also search for clipping.
 
     Returns:
@@ -159,7 +206,7 @@ def awq(
     config = model.module.config
     for place in places(config):
         inputs = int(np.prod(kernel_of(params, place).shape[1 : 1 + place.inputs]))
-        if inputs % group:
+        if group is not None and (group < 1 or inputs % group):
             raise ValueError(f"awq: group {group} does not divide the {inputs} inputs of {place.name}.")
     acts = calibrate(model, params, tokens)
     found: dict[str, Search] = {}
@@ -180,7 +227,7 @@ def awq(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "site", "bits", "group"))
-def _search(config: TransformerConfig, blocks: Any, site: str, x: jax.Array, *, bits: int, group: int) -> Search:
+def _search(config: TransformerConfig, blocks: Any, site: str, x: jax.Array, *, bits: int, group: int | None) -> Search:
     """The search of every layer, in one program."""
     of = "attn" if site.startswith("attn") else "mlp"
     names = [place.name.split("/")[1] for place in places(config, site)]
@@ -194,11 +241,12 @@ def _search(config: TransformerConfig, blocks: Any, site: str, x: jax.Array, *, 
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "inputs"))
-def _clip(kernel: jax.Array, x: jax.Array, *, bits: int, group: int, inputs: int) -> jax.Array:
+def _clip(kernel: jax.Array, x: jax.Array, *, bits: int, group: int | None, inputs: int) -> jax.Array:
     def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         kernel, x = args
         matrix = as_matrix(kernel, inputs=inputs)
-        most = awq_clip(matrix, x.reshape(-1, len(matrix)), bits=bits, group=group).repeat(group, 0)
+        by_group = awq_clip(matrix, x.reshape(-1, len(matrix)), bits=bits, group=group)
+        most = by_group.repeat(len(matrix) // len(by_group), 0)
         return jnp.clip(matrix, -most, most).reshape(kernel.shape)
 
     return jax.lax.map(one, (kernel, x))

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.core.kernel_forms import QTensor
+from mechlab.core.kernel_forms import QTensor, Quantised
 from mechlab.core.model import Model
+from mechlab.kernels.w4a16 import pack
 from mechlab.methods.compression.rounding import quantise
 from mechlab.models.blocks import run_attention, run_mlp
 from mechlab.models.fold import READERS, readers
@@ -88,12 +89,25 @@ def quantise_blocks(config: TransformerConfig, params: Any, **grid: Any) -> Any:
 
 
 def dequantise_blocks(params: Any) -> Any:
-    """The parameters with plain arrays instead of ``QTensor``, for what needs kernels to compute with."""
+    """The parameters with plain arrays instead of quantised kernels, for what needs kernels to compute with."""
 
     def whole(x: Any) -> Any:
-        return x.dequantise() if isinstance(x, QTensor) else x
+        return x.dequantise() if isinstance(x, Quantised) else x
 
-    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, QTensor))
+    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, Quantised))
+
+
+def pack_blocks(params: Any) -> Any:
+    """The parameters with every ``QTensor`` at two codes a byte (``kernels.w4a16.Packed4``); any model runs them.
+
+    Raises:
+      ValueError: as ``kernels.w4a16.pack``: only asymmetric grids of 4 bits with an even group along the inputs.
+    """
+
+    def packed(x: Any) -> Any:
+        return pack(x) if isinstance(x, QTensor) else x
+
+    return jax.tree.map(packed, params, is_leaf=lambda x: isinstance(x, QTensor))
 
 
 def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ one input, ``axis="ic"`` (arXiv 2309.15531). Both words are the papers'; our ker
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -132,9 +133,16 @@ def quantise(
     """
     matrix = require_matrix(kernel, inputs)
     group = require_group(matrix.shape, group, axis)
+    require_bits(bits)
+    options = {"bits": bits, "symmetric": symmetric, "include_zero": include_zero}
+    return _nearest(matrix, group=group, axis=axis, shape=kernel.shape, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "axis", "shape", "bits", "symmetric", "include_zero"))
+def _nearest(matrix: jax.Array, *, group: int, axis: str, shape: tuple[int, ...], **options: Any) -> QTensor:
     cut, along = in_groups(matrix, group, axis)
-    grid = find_grid(cut, bits=bits, symmetric=symmetric, include_zero=include_zero, axis=along)
-    return as_qtensor(grid.encode(cut).reshape(matrix.shape), grid, along, kernel.shape)
+    grid = find_grid(cut, axis=along, **options)
+    return as_qtensor(grid.encode(cut).reshape(matrix.shape), grid, along, shape)
 
 
 def quantise_activations(

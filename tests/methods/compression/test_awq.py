@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mechlab.core import select
 from mechlab.core.kernel_forms import QTensor
-from mechlab.methods.compression.awq import awq, awq_clip, awq_scale
+from mechlab.methods.compression.awq import awq, awq_clip, awq_scale, mixed_salient, salient, scaled_salient
 from mechlab.methods.compression.decoders import calibrate, quantise_blocks
 from mechlab.methods.compression.rounding import quantise
 from mechlab.models.fold import scale_inputs
@@ -110,3 +112,51 @@ def test_bad_calibrations_and_groups_are_refused():
     broken = select.map_at(PARAMS, "blocks/mlp/up/kernel", lambda kernel: kernel.at[1].set(jnp.nan))
     with pytest.raises(ValueError, match=r'"mlp_act" is not finite in layer 1'):
         calibrate(MODEL, broken, TOKENS)
+
+
+def test_salient_inputs_are_chosen_by_what_was_asked():
+    kernel = jnp.diag(jnp.asarray([1.0, 5.0, 2.0, 4.0]))
+    size = jnp.asarray([3.0, 1.0, 9.0, 2.0])
+    assert salient(kernel, size, 0.25, "act").tolist() == [False, False, True, False]
+    assert salient(kernel, size, 0.5, "weight").tolist() == [False, True, False, True]
+    assert salient(kernel, size, 0.01, "act").sum() == 1
+    picks = jnp.stack([salient(kernel, size, 0.25, "random", key) for key in jax.random.split(jax.random.key(0), 20)])
+    assert (picks.sum(1) == 1).all() and (picks.sum(0) > 0).all()
+    for by, share, key in (("size", 0.1, None), ("act", 0.0, None), ("act", 1.5, None), ("random", 0.1, None)):
+        with pytest.raises(ValueError, match="wanted act, weight, or random with a key"):
+            salient(kernel, size, share, by, key)
+
+
+def test_kept_inputs_are_untouched_and_the_others_rounded():
+    kernel = jax.random.normal(jax.random.key(5), (2, 8, 6))
+    kept = jnp.arange(16) % 5 == 0
+    got = mixed_salient(kernel, kept, bits=3, group=8, inputs=2)
+    rounded = quantise(kernel, bits=3, group=8, inputs=2).dequantise()
+    assert got.shape == kernel.shape
+    np.testing.assert_array_equal(got.reshape(16, 6)[kept], kernel.reshape(16, 6)[kept])
+    np.testing.assert_array_equal(got.reshape(16, 6)[~kept], rounded.reshape(16, 6)[~kept])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), factor=st.sampled_from([1.0, 2.0, 8.0]), share=st.sampled_from([0.0, 0.1, 1.0]))
+def test_scaling_some_inputs(seed, factor, share):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    kernel, scaled = jax.random.normal(keys[0], (16, 6)), jax.random.uniform(keys[1], (16,)) < share
+    got, steps = scaled_salient(kernel, scaled, factor, bits=4, group=8)
+    plain = quantise(kernel, bits=4, group=8)
+    if factor == 1 or bool(scaled.all()) or not scaled.any():
+        # A common factor is taken up by the step, and for powers of two no rounding differs.
+        np.testing.assert_array_equal(got, plain.dequantise())
+    holds = np.asarray(scaled).reshape(2, 8).any(1)
+    np.testing.assert_array_equal(np.asarray(steps)[~holds], 1)
+    assert (np.asarray(steps) >= 1 - 1e-6).all() and (np.asarray(steps) <= factor + 1e-5).all()
+    # The error of a scaled weight is at most a step of its group over s: one half by rounding, one by the zero.
+    bound = np.asarray(plain.scales * steps).repeat(8, 0) / np.where(np.asarray(scaled), factor, 1)[:, None]
+    assert (np.abs(got - kernel) <= bound + 1e-6).all()
+
+
+def test_one_group_of_all_inputs():
+    params, report = awq(MODEL, PARAMS, TOKENS, bits=4, group=None)
+    assert params["blocks"]["mlp"]["down"]["kernel"].scales.shape == (2, 1, 32)
+    assert params["blocks"]["attn"]["o"]["kernel"].scales.shape == (2, 1, 32)
+    assert all((search.losses.min(1) <= search.losses[:, 0]).all() for search in report.searches.values())

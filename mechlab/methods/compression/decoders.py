@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.core.kernel_forms import QTensor
+from mechlab.core.kernel_forms import LowRank, QTensor
 from mechlab.core.model import Model
 from mechlab.methods.compression.rounding import quantise
 from mechlab.models.blocks import run_attention, run_mlp
@@ -88,21 +88,30 @@ def quantise_blocks(config: TransformerConfig, params: Any, **grid: Any) -> Any:
 
 
 def dequantise_blocks(params: Any) -> Any:
-    """The parameters with plain arrays instead of ``QTensor``, for what needs kernels to compute with."""
+    """The parameters with plain arrays instead of ``QTensor`` and ``LowRank``, for what needs kernels to compute with.
+
+    Many variants of one decoder then share a compiled program.
+    """
 
     def whole(x: Any) -> Any:
+        if isinstance(x, LowRank):
+            # One layer's product of factors; the layers are in front.
+            return whole(x.kernel) + jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(x.a, x.b)
         return x.dequantise() if isinstance(x, QTensor) else x
 
-    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, QTensor))
+    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, QTensor | LowRank))
 
 
-def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:
+def calibrate(
+    model: Model, params: Any, tokens: Int[ArrayLike, "B T"], *, also: tuple[str, ...] = ()
+) -> dict[str, jax.Array]:
     """What every kernel of the blocks reads on calibration texts, all layers in one pass: (L, B, T, ...) by site.
 
     Args:
       model: a decoder from ``models.transformer``.
       params: its parameters.
       tokens: texts without padding.
+      also: further sites to keep, such as "resid_pre", what each block reads.
 
     Raises:
       ValueError: no texts, or activations that are not finite, naming the site and the layer.
@@ -110,7 +119,7 @@ def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"calibrate: wanted texts (B, T), got shape {tokens.shape}.")
-    acts = _inputs(model, params, tokens)
+    acts = _inputs(model, params, tokens, (*sites_of(model.module.config), *also))
     for site, x in acts.items():
         finite = np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if not finite.all():
@@ -118,9 +127,9 @@ def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[
     return acts
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _inputs(model: Model, params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-    return model.capture({"params": params}, tokens, sites=sites_of(model.module.config))[1]
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def _inputs(model: Model, params: Any, tokens: jax.Array, sites: tuple[str, ...]) -> dict[str, jax.Array]:
+    return model.capture({"params": params}, tokens, sites=sites)[1]
 
 
 def inspect(

@@ -1,0 +1,277 @@
+"""ZQ-Local and ZQ-Global: kernels trained so that rounding them hurts less (arXiv 2303.08302).
+
+With x the inputs on calibration texts, x_q = x or x rounded, Q a grid and f a transformer block::
+
+    ZQ-Local    min over W' of |x W - x_q Q(W')|^2                      each kernel alone                  ``zq_local``
+    ZQ-Global   min over all W' of a block of |f(x; W) - f_q(x; Q(W'))|^2                                  ``zq_global``
+
+f_q is the block with rounded kernels and inputs; both read what the unquantised blocks before them give (layer-by-layer
+distillation). Gradients pass the rounding straight through, grids follow W' in every step, and Adam's step falls
+linearly from a share of mean |W|. Of several shares the one with the smallest loss on the calibration texts is kept:
+for each kernel (Local), for each block (Global).
+
+ZQ-Local needs no texts in its loop. With E = W - Q(W') and means over tokens::
+
+    <|x W - x_q Q(W')|^2> = tr E^T H E + 2 tr E^T G + <|(x - x_q) W|^2>,   H = <x_q^T x_q>,   G = <x_q^T (x - x_q)> W
+
+Differs from the paper: that loss of all texts in place of batches; rates and steps, which the paper does not settle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mechlab.core.edits import straight_through
+from mechlab.methods.compression.activations import RoundInputs, Scheme
+from mechlab.methods.compression.decoders import kernel_of, places, sites_of, with_kernels
+from mechlab.methods.compression.rounding import quantise, require_matrix
+from mechlab.models.blocks import one_block
+from mechlab.models.transformer_config import TransformerConfig
+from mechlab.training.batches import shuffled
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float
+
+RATES = (3e-3, 1e-2, 3e-2)
+"""Adam's first step as a share of the mean |w| of a kernel, to choose from."""
+
+
+class Reconstruction(NamedTuple):
+    """Weights that were trained to be rounded, and the losses on the calibration texts; leaves (L, ...) of a decoder.
+
+    Attributes:
+      kernels: by name, W' of the best rate, not rounded.
+      loss: (R,) after training, per rate; by name for ``zq_local``.
+      start: of plain rounding.
+    """
+
+    kernels: dict[str, jax.Array]
+    loss: Any
+    start: Any
+
+
+def zq_local(
+    kernels: Mapping[str, jax.Array],
+    x: Mapping[str, jax.Array],
+    rounded: Mapping[str, jax.Array],
+    *,
+    steps: int,
+    rates: tuple[float, ...] = RATES,
+    inputs: Mapping[str, int] | None = None,
+    **grid: Any,
+) -> Reconstruction:
+    """Some kernels, each trained alone to give the outputs that it gave; all in one loop.
+
+    Args:
+      kernels: by name, input axes first.
+      x: what each reads on calibration texts, (..., *in).
+      rounded: the same as the quantised kernel will read it.
+      steps: of Adam; 0 leaves plain rounding.
+      rates: to choose from for every kernel.
+      inputs: number of input axes, 1 by default.
+      **grid: of ``rounding.quantise``.
+
+    Raises:
+      ValueError: no calibration tokens, inputs that do not fit, steps < 0, no rate or one that is not positive;
+        otherwise as ``rounding.quantise``.
+      TypeError: a kernel of integers.
+    """
+    _require_steps(steps, rates)
+    axes = {name: 1 for name in kernels} | dict(inputs or {})
+    losses = {
+        name: _local_loss(name, kernel, x[name], rounded[name], axes[name], grid) for name, kernel in kernels.items()
+    }
+
+    def total(trained: Any, step: Any) -> jax.Array:
+        return jnp.stack([losses[name](trained[name]) for name in losses]).sum()
+
+    start = {name: jnp.asarray(kernel, jnp.float32) for name, kernel in kernels.items()}
+    # Adam treats every number alone, so that kernels trained together are trained as if alone.
+    trained = jax.vmap(lambda rate: _descend(total, start, rate, jnp.arange(steps)))(jnp.asarray(rates))
+    found = {name: jax.vmap(losses[name])(trained[name]) for name in losses}
+    best = {name: trained[name][found[name].argmin()] for name in losses}
+    return Reconstruction(best, found, {name: losses[name](start[name]) for name in losses})
+
+
+def local_blocks(
+    config: TransformerConfig,
+    params: Any,
+    acts: Mapping[str, jax.Array],
+    *,
+    schemes: tuple[Scheme, ...] = (Scheme(),),
+    which: int | jax.Array = 0,
+    **options: Any,
+) -> Reconstruction:
+    """ZQ-Local for every kernel of a decoder's blocks; ``quantise_blocks`` with the same grid then rounds them.
+
+    Args:
+      config, params: of the decoder.
+      acts: from ``decoders.calibrate``; may be mapped over, one set of texts a lane.
+      schemes, which: how inputs will be rounded, as in ``activations.round_inputs``; ``which`` may be mapped over.
+      **options: of ``zq_local``.
+    """
+    every = places(config)
+    round_inputs = RoundInputs(jnp.asarray(which), None, schemes)
+    inputs = {place.name: place.inputs for place in every}
+
+    def one(now: tuple[Any, Any]) -> Reconstruction:
+        kernels, x = now
+        seen = {site: round_inputs(value) for site, value in x.items()}
+        by_name = [{place.name: of[place.site] for place in every} for of in (x, seen)]
+        return zq_local(kernels, *by_name, inputs=inputs, **options)
+
+    kernels = {place.name: kernel_of(params, place) for place in every}
+    return jax.lax.map(one, (kernels, {site: acts[site] for site in sites_of(config)}))
+
+
+def zq_global(
+    key: jax.Array,
+    config: TransformerConfig,
+    params: Any,
+    x: Float[ArrayLike, "B T D"],
+    layer: int | jax.Array = 0,
+    *,
+    steps: int,
+    rates: tuple[float, ...] = RATES,
+    batch: int = 2,
+    schemes: tuple[Scheme, ...] = (Scheme(),),
+    which: int | jax.Array = 0,
+    **grid: Any,
+) -> Reconstruction:
+    """All kernels of one block, trained together to give the stream that the block gave.
+
+    Args:
+      key: typed key, of the order of texts.
+      config: of the decoder.
+      params: of this layer, ``params["blocks"]`` without its layer axis.
+      x: the stream that enters the block on calibration texts.
+      layer: its number; may be traced.
+      steps, rates, grid: as in ``zq_local``; one rate for the block.
+      batch: texts per step.
+      schemes, which: as in ``local_blocks``.
+
+    Raises:
+      ValueError: as ``zq_local``, or fewer texts than a batch.
+    """
+    _require_steps(steps, rates)
+    x, layer = jnp.asarray(x), jnp.asarray(layer)
+    if x.ndim != 3 or not x.size:
+        raise ValueError(f"zq_global: wanted the stream (B, T, D) of calibration texts, got shape {x.shape}.")
+    run, every = _rounded_block(config, which, schemes, grid), places(config)
+
+    def loss(kernels: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        return jnp.square(run(params, kernels, rows["x"], layer) - rows["y"]).mean()
+
+    texts = {"x": x, "y": one_block(config).apply({"params": {"block": params}}, x, layer)}
+    batches = shuffled(texts, batch)
+    plan = batches.plan(key, jnp.asarray(0), steps)
+    start = {place.name: kernel_of({"blocks": params}, place) for place in every}
+    trained = jax.vmap(
+        lambda rate: _descend(lambda kernels, rows: loss(kernels, batches.fetch(rows)), start, rate, plan)
+    )(jnp.asarray(rates))
+    found = jax.lax.map(lambda kernels: loss(kernels, texts), trained)
+    return Reconstruction(jax.tree.map(lambda leaf: leaf[found.argmin()], trained), found, loss(start, texts))
+
+
+def global_blocks(
+    key: jax.Array,
+    config: TransformerConfig,
+    params: Any,
+    streams: Float[Array, "L B T D"],
+    *,
+    in_turn: bool = False,
+    steps: int,
+    rates: tuple[float, ...] = RATES,
+    batch: int = 2,
+    schemes: tuple[Scheme, ...] = (Scheme(),),
+    which: int | jax.Array = 0,
+    **grid: Any,
+) -> Reconstruction:
+    """ZQ-Global for every block of a decoder, as ``local_blocks``.
+
+    Args:
+      key: typed key, of the order of texts.
+      config, params: of the decoder.
+      streams: the site ``resid_pre`` on calibration texts, all layers: ``calibrate(..., also=("resid_pre",))``.
+      in_turn: give block l what the quantised blocks before it make of the texts, instead of ``streams[l]``.
+      steps, rates, batch, schemes, which, grid: of ``zq_global``.
+    """
+    run = _rounded_block(config, which, schemes, grid)
+    options: dict[str, Any] = {"steps": steps, "rates": rates, "batch": batch, "schemes": schemes, "which": which}
+
+    def one(stream: jax.Array, now: Any) -> tuple[jax.Array, Reconstruction]:
+        own, x, layer = now
+        x = stream if in_turn else x
+        found = zq_global(jax.random.fold_in(key, layer), config, own, x, layer, **options, **grid)
+        return run(own, found.kernels, x, layer) if in_turn else stream, found
+
+    layers = (params["blocks"], streams, jnp.arange(config.layers))
+    return jax.lax.scan(one, streams[0], layers)[1]
+
+
+def _local_loss(
+    name: str, kernel: jax.Array, x: jax.Array, rounded: jax.Array, inputs: int, grid: dict[str, Any]
+) -> Callable[[jax.Array], jax.Array]:
+    """The mean squared error of an output of a token, as a function of W'; see the module's equation."""
+    w = require_matrix(kernel, inputs)
+    wanted = kernel.shape[:inputs]
+    if x.shape[x.ndim - inputs :] != wanted or rounded.shape != x.shape or not x.size:
+        raise ValueError(f"{name}: wanted calibration inputs (..., {wanted}), got {x.shape} and {rounded.shape}.")
+    exact, seen = (jnp.asarray(z, jnp.float32).reshape(-1, len(w)) for z in (x, rounded))
+    missing = (exact - seen) @ w
+    h, g, rest = seen.T @ seen / len(seen), seen.T @ missing / len(seen), jnp.square(missing).sum() / len(seen)
+
+    def loss(trained: jax.Array) -> jax.Array:
+        e = w - _round_through(trained, inputs, grid).reshape(w.shape)
+        return (jnp.vdot(e, h @ e + 2 * g) + rest) / w.shape[1]
+
+    return loss
+
+
+def _rounded_block(
+    config: TransformerConfig, which: int | jax.Array, schemes: tuple[Scheme, ...], grid: dict[str, Any]
+) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
+    """f_q(parameters of the block, W' by name, x, layer)."""
+    block = one_block(config)
+    edits = {site: RoundInputs(jnp.asarray(which), None, schemes) for site in sites_of(config)}
+
+    def run(params: Any, kernels: Any, x: jax.Array, layer: jax.Array) -> jax.Array:
+        rounded = {place.name: _round_through(kernels[place.name], place.inputs, grid) for place in places(config)}
+        own = with_kernels({"blocks": params}, rounded)["blocks"]
+        out: jax.Array = block.apply({"params": {"block": own}, "edits": edits}, x, layer)
+        return out
+
+    return run
+
+
+def _round_through(kernel: jax.Array, inputs: int, grid: dict[str, Any]) -> jax.Array:
+    """Rounded, with the gradient of no rounding."""
+    return straight_through(quantise(kernel, inputs=inputs, **grid).dequantise(), kernel)
+
+
+def _descend(loss: Callable[[Any, Any], jax.Array], start: Any, rate: jax.Array, plan: jax.Array) -> Any:
+    """Adam from ``start``, one step for every entry of the plan, of a size that falls to 0."""
+    # Gradients can be as small as 1e-8, which is Adam's usual epsilon.
+    adam = optax.scale_by_adam(eps=1e-12)
+    size = jax.tree.map(lambda w: rate * jnp.abs(w).mean(), start)
+
+    def step(carry: Any, now: Any) -> Any:
+        kernels, state = carry
+        i, batch = now
+        update, state = adam.update(jax.grad(loss)(kernels, batch), state)
+        left = 1 - i / max(len(plan), 1)
+        return (jax.tree.map(lambda w, u, s: w - left * s * u, kernels, update, size), state), None
+
+    (kernels, _), _ = jax.lax.scan(step, (start, adam.init(start)), (jnp.arange(len(plan)), plan))
+    return kernels
+
+
+def _require_steps(steps: int, rates: tuple[float, ...]) -> None:
+    if steps < 0 or not rates or min(rates) <= 0:
+        raise ValueError(f"reconstruction: wanted steps >= 0 and positive rates, got {steps} and {rates}.")

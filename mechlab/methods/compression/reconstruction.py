@@ -7,8 +7,8 @@ With x the inputs on calibration texts, x_q = x or x rounded, Q a grid and f a t
 
 f_q is the block with rounded kernels and inputs; both read what the unquantised blocks before them give (layer-by-layer
 distillation). Gradients pass the rounding straight through, grids follow W' in every step, and Adam's step falls
-linearly from a share of mean |W|. Of several shares the one with the smallest loss on the calibration texts is kept:
-for each kernel (Local), for each block (Global).
+linearly from a share of mean |W|. Of several shares, and no training at all, the one with the smallest loss on the
+calibration texts is kept: for each kernel (Local), for each block (Global).
 
 ZQ-Local needs no texts in its loop. With E = W - Q(W') and means over tokens::
 
@@ -46,14 +46,12 @@ class Reconstruction(NamedTuple):
     """Weights that were trained to be rounded, and the losses on the calibration texts; leaves (L, ...) of a decoder.
 
     Attributes:
-      kernels: by name, W' of the best rate, not rounded.
-      loss: (R,) after training, per rate; by name for ``zq_local``.
-      start: of plain rounding.
+      kernels: by name, W' with the smallest loss, not rounded.
+      loss: (1 + R,) of plain rounding, and after training with every rate; by name for ``zq_local``.
     """
 
     kernels: dict[str, jax.Array]
     loss: Any
-    start: Any
 
 
 def zq_local(
@@ -94,9 +92,9 @@ def zq_local(
     start = {name: jnp.asarray(kernel, jnp.float32) for name, kernel in kernels.items()}
     # Adam treats every number alone, so that kernels trained together are trained as if alone.
     trained = jax.vmap(lambda rate: _descend(total, start, rate, jnp.arange(steps)))(jnp.asarray(rates))
-    found = {name: jax.vmap(losses[name])(trained[name]) for name in losses}
-    best = {name: trained[name][found[name].argmin()] for name in losses}
-    return Reconstruction(best, found, {name: losses[name](start[name]) for name in losses})
+    tried = _with_start(start, trained)
+    found = {name: jax.vmap(losses[name])(tried[name]) for name in losses}
+    return Reconstruction({name: tried[name][found[name].argmin()] for name in losses}, found)
 
 
 def local_blocks(
@@ -175,8 +173,9 @@ def zq_global(
     trained = jax.vmap(
         lambda rate: _descend(lambda kernels, rows: loss(kernels, batches.fetch(rows)), start, rate, plan)
     )(jnp.asarray(rates))
-    found = jax.lax.map(lambda kernels: loss(kernels, texts), trained)
-    return Reconstruction(jax.tree.map(lambda leaf: leaf[found.argmin()], trained), found, loss(start, texts))
+    tried = _with_start(start, trained)
+    found = jax.lax.map(lambda kernels: loss(kernels, texts), tried)
+    return Reconstruction(jax.tree.map(lambda leaf: leaf[found.argmin()], tried), found)
 
 
 def global_blocks(
@@ -270,6 +269,11 @@ def _descend(loss: Callable[[Any, Any], jax.Array], start: Any, rate: jax.Array,
 
     (kernels, _), _ = jax.lax.scan(step, (start, adam.init(start)), (jnp.arange(len(plan)), plan))
     return kernels
+
+
+def _with_start(start: Any, trained: Any) -> Any:
+    """The candidates: no training, and every rate."""
+    return jax.tree.map(lambda w, all_rates: jnp.concatenate([w[None], all_rates]), start, trained)
 
 
 def _require_steps(steps: int, rates: tuple[float, ...]) -> None:

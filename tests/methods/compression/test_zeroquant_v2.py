@@ -1,4 +1,4 @@
-"""ZeroQuant-V2: rounded activations, reconstruction, GPTQ and LoRC over whole decoders; DeepSpeed's grids by vectors."""
+"""ZeroQuant-V2: rounded activations, reconstruction, GPTQ and LoRC over whole decoders; DeepSpeed's grids."""
 
 from __future__ import annotations
 
@@ -136,20 +136,20 @@ def linear(seed=0):
 def test_the_loss_without_texts_is_the_mean_squared_error_of_the_outputs():
     w, x = linear()
     seen = quantise_activations(x, bits=3, symmetric=False)
-    found = zq_local({"w": w}, {"w": x}, {"w": seen}, steps=0, rates=(0.1,), **GRID)
+    found = zq_local({"w": w}, {"w": x}, {"w": seen}, steps=0, **GRID)
     by_hand = jnp.square(x @ w - seen @ quantise(w, **GRID).dequantise()).mean()
-    np.testing.assert_allclose(found.start["w"], by_hand, rtol=1e-4)
+    np.testing.assert_allclose(found.loss["w"][0], by_hand, rtol=1e-4)
 
 
 def test_no_steps_are_plain_rounding():
     w, x = linear()
     found = zq_local({"w": w}, {"w": x}, {"w": x}, steps=0, rates=(0.1, 0.01), **GRID)
     np.testing.assert_array_equal(found.kernels["w"], w)
-    np.testing.assert_allclose(found.loss["w"], found.start["w"].repeat(2), rtol=1e-6)
+    np.testing.assert_allclose(found.loss["w"], found.loss["w"][0].repeat(3), rtol=1e-6)
     layer = jax.tree.map(lambda leaf: leaf[0], PARAMS["blocks"])
     found = zq_global(jax.random.key(0), CONFIG, layer, acts()["resid_pre"][0], steps=0, rates=(0.1,), **GRID)
     np.testing.assert_array_equal(found.kernels["attn/q"], PARAMS["blocks"]["attn"]["q"]["kernel"][0])
-    np.testing.assert_allclose(found.loss[0], found.start, rtol=1e-6)
+    np.testing.assert_allclose(found.loss[0], found.loss[1], rtol=1e-6)
 
 
 def test_local_training_lowers_the_error_and_kernels_do_not_see_each_other():
@@ -160,13 +160,13 @@ def test_local_training_lowers_the_error_and_kernels_do_not_see_each_other():
     np.testing.assert_allclose(both.kernels["w"], alone.kernels["w"], atol=1e-5)
     q = quantise(both.kernels["w"], **GRID).dequantise()
     np.testing.assert_allclose(jnp.square(x @ (w - q)).mean(), both.loss["w"].min(), rtol=1e-3)
-    assert float(both.loss["w"].min()) < 0.8 * float(both.start["w"])
+    assert float(both.loss["w"].min()) < 0.9 * float(both.loss["w"][0])
 
 
 @pytest.fixture(scope="module")
 def trained():
     """ZQ-Local and ZQ-Global of a decoder with inputs as they are and of 8 bits, mapped over; and in turn."""
-    options = {"schemes": A8, "steps": 12, "rates": (0.01, 0.03)} | GRID
+    options = {"schemes": A8, "steps": 20, "rates": (0.003, 0.01)} | GRID
     lanes = jnp.arange(2)
     streams = acts()["resid_pre"]
     key = jax.random.key(3)
@@ -186,10 +186,10 @@ def test_reconstruction_of_a_decoder_lowers_its_losses(trained):
     assert set(local.kernels) == set(both.kernels) == set(NAMES)
     for name in NAMES:
         assert local.kernels[name].shape == (2, *kernel_of(PARAMS, places(CONFIG)[NAMES.index(name)]).shape)
-        assert (local.loss[name].min(-1) <= local.start[name]).all(), name
-    assert both.loss.shape == (2, 2, 2) and (both.loss.min(-1) < both.start).all()
+        assert (local.loss[name].min(-1) <= local.loss[name][..., 0]).all(), name
+    assert both.loss.shape == (2, 2, 3) and (both.loss.min(-1) < both.loss[..., 0]).all()
     # Rounded inputs make another problem, and a harder one.
-    assert (both.start[1] > both.start[0]).all()
+    assert (both.loss[1, :, 0] > both.loss[0, :, 0]).all()
 
 
 def test_the_loss_of_a_block_is_that_of_the_quantised_model(trained):
@@ -228,6 +228,12 @@ def test_gptq_of_the_second_block_is_calibrated_on_what_the_first_gives():
     assert float(cost["gptq"].kl.mean()) < float(cost["rtn"].kl.mean())
 
 
+def lost(params):
+    """The size of what quantisation changed, by kernel."""
+    arrays = dequantise_blocks(params)
+    return [float(jnp.linalg.norm(kernel_of(arrays, place) - kernel_of(PARAMS, place))) for place in places(CONFIG)]
+
+
 def rtn(bits):
     return dequantise_blocks(quantise_blocks(CONFIG, PARAMS, bits=bits, include_zero=True))
 
@@ -239,13 +245,8 @@ def test_a_compensated_decoder_runs_like_the_sum_and_full_rank_is_no_change():
     np.testing.assert_allclose(logits(repaired), logits(dequantise_blocks(repaired)), atol=1e-4)
     np.testing.assert_allclose(logits(compensate_blocks(CONFIG, PARAMS, q, 16)), logits(PARAMS), atol=1e-3)
     np.testing.assert_allclose(logits(compensate_blocks(CONFIG, PARAMS, q, 0)), logits(q), atol=1e-5)
-    errors = [
-        [
-            float(jnp.linalg.norm(kernel_of(dequantise_blocks(p), place) - kernel_of(PARAMS, place)))
-            for place in places(CONFIG)
-        ]
-        for p in (q, repaired, compensate_blocks(CONFIG, PARAMS, q, 2, factor_bits=8))
-    ]
+    rounded = compensate_blocks(CONFIG, PARAMS, q, 2, factor_bits=8)
+    errors = [lost(params) for params in (q, repaired, rounded)]
     assert (np.diff(errors[:2], axis=0) < 0).all()
     np.testing.assert_allclose(errors[1], errors[2], rtol=0.05)
     assert not np.allclose(errors[1], errors[2], rtol=1e-6)

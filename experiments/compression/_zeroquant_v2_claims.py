@@ -165,7 +165,8 @@ def _fine_recovers(metrics: Metrics) -> Verdict:
         grid, rank = _finest(metrics, model), _rank(metrics, model)
         for act in ("A16", "A8"):
             coarse = min(metrics[f"kl/{model}/{method}/row/{act}/r0"].value for method in METHODS)
-            fine = min(metrics[f"kl/{model}/{method}/{grid}/{act}/r{rank}"].value for method in METHODS)
+            names = [f"kl/{model}/{method}/{grid}/{act}/r{rank}" for method in METHODS]
+            fine = min(metrics[name].value for name in names if name in metrics)
             holds = holds and fine <= coarse / 2
             words.append(f"{model} W4{act}: {coarse:.4f} to {fine:.4f} nats")
     return (holds if words else None), _join(words)

@@ -125,7 +125,7 @@ def group_curves(metrics: Metrics, model: str) -> dict[str, Any]:
 
 @house_style
 def error_spectra(spectra: Mapping[str, np.ndarray], model: str) -> Figure:
-    """Singular values of the errors of all width-by-width kernels, as shares of each error's length; (kernels, R) each."""
+    """Singular values of the errors of q and o in every layer, as shares of each error's length; (kernels, R) each."""
     figure, axes = canvas(title=f"{model}, W4")
     for index, (cell, values) in enumerate(spectra.items()):
         method, grid, _ = cell.split("/")

@@ -145,12 +145,17 @@ def planted(key: jax.Array, subject: Subject, factor: float, share: float) -> Su
 
 
 def calibrated(subject: Subject, group: int) -> tuple[Subject, dict[str, jax.Array]]:
-    """The subject with more schemes of activations, and what its blocks read on calibration texts, (S, L, C, T, ...)."""
+    """The subject with all schemes of activations, and what its blocks read on calibration texts, (S, L, C, T, ...)."""
     every = [calibrate(subject.model, subject.params, texts, also=("resid_pre",)) for texts in subject.calibration]
     static = tuple(static_grids({site: x for site, x in acts.items() if site != "resid_pre"}, bits=8) for acts in every)
     more = (Scheme(8, mode="tensor"), Scheme(8, mode="static"), Scheme(8, mode="group", group=group))
     acts = jax.tree.map(lambda *seeds: jnp.stack(seeds), *every)
     return dataclasses.replace(subject, schemes=subject.schemes + more, static=static), acts
+
+
+@jax.jit
+def _static_grids(acts: dict[str, jax.Array]) -> Any:
+    return static_grids({site: x for site, x in acts.items() if site != "resid_pre"}, bits=8)
 
 
 def measure(subject: Subject, variants: Mapping[str, tuple[Sequence[Kernels | None], int]]) -> dict[str, Quality]:
@@ -176,6 +181,7 @@ def measure(subject: Subject, variants: Mapping[str, tuple[Sequence[Kernels | No
     return {name: jax.tree.map(lambda *seeds: np.stack(seeds), *[one[name] for one in found]) for name in variants}
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def kernels_of(config: TransformerConfig, params: Any) -> Kernels:
     """All kernels of the blocks as plain arrays, by name."""
     whole = dequantise_blocks(params)
@@ -290,19 +296,26 @@ def repaired(
 
 def special_lorc(subject: Subject, acts: dict[str, jax.Array], grid: Grid, rank: int) -> dict[str, list[Kernels]]:
     """RTN with LoRC in two other ways, by seed: factors of 8 bits, and factors weighted by the inputs' Hessians."""
-    quantised = quantise_blocks(subject.config, subject.params, **grid.options)
+    config, params = subject.config, subject.params
+    eight = _eight_bit_factors(config, params, grid, rank)
+    quantised = quantise_blocks(config, params, **grid.options)
+    weighted = [
+        compensate_blocks(config, params, quantised, rank, hessians=_hessians(acts, seed))
+        for seed in range(subject.seeds)
+    ]
+    return {"8 bits": [eight] * subject.seeds, "weighted": [kernels_of(config, found) for found in weighted]}
 
-    def repair(**options: Any) -> Kernels:
-        return kernels_of(subject.config, compensate_blocks(subject.config, subject.params, quantised, rank, **options))
 
-    def hessians(seed: int) -> dict[str, jax.Array]:
-        x = {site: leaf[seed] for site, leaf in acts.items() if site != "resid_pre"}
-        return {site: jax.vmap(lambda z: hessian(z.reshape(*z.shape[:2], -1)))(leaf) for site, leaf in x.items()}
+@functools.partial(jax.jit, static_argnames=("config", "grid", "rank"))
+def _eight_bit_factors(config: TransformerConfig, params: Any, grid: Grid, rank: int) -> Kernels:
+    quantised = quantise_blocks(config, params, **grid.options)
+    return kernels_of(config, compensate_blocks(config, params, quantised, rank, factor_bits=8))
 
-    return {
-        "8 bits": [repair(factor_bits=8)] * subject.seeds,
-        "weighted": [repair(hessians=hessians(seed)) for seed in range(subject.seeds)],
-    }
+
+@jax.jit
+def _hessians(acts: dict[str, jax.Array], seed: jax.Array) -> dict[str, jax.Array]:
+    x = {site: leaf[seed] for site, leaf in acts.items() if site != "resid_pre"}
+    return {site: jax.vmap(lambda z: hessian(z.reshape(*z.shape[:2], -1)))(leaf) for site, leaf in x.items()}
 
 
 def _matrices(inputs: int, kernel: jax.Array) -> jax.Array:

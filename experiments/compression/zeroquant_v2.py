@@ -85,10 +85,12 @@ class Config:
       studied: decoders on which all methods are tried; every group must divide their widths.
       seeds: sets of texts.
       calibration, evaluation, length: texts of each set, and tokens of a text.
-      groups: inputs that share a step, largest first; ZQ and LoRC are tried per row and with the smallest.
+      groups: inputs that share a step, largest first; LoRC is tried per row and with the smallest.
+      train_groups: train ZQ-Local and ZQ-Global with the smallest groups too, not only per row.
       rank, ranks: of LoRC on every method, and of its sweep.
       steps, rates, batch: of ZQ-Local and ZQ-Global; Adam's first step in mean |w|, and texts per step of ZQ-Global.
       in_turn: also train ZQ-Global on what the quantised blocks before give.
+      lorc_forms: also try LoRC with factors of 8 bits, and weighted by the Hessians of the inputs.
     """
 
     ladder: tuple[str, ...] = ("tales-S", "tales-M", "tales-L", "stories260K")
@@ -101,12 +103,14 @@ class Config:
     evaluation: int = 32
     length: int = 128
     groups: tuple[int, ...] = (128, 64, 32)
+    train_groups: bool = True
     rank: int = 8
     ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
     steps: int = 60
     rates: tuple[float, ...] = (3e-3, 1e-2)
     batch: int = 2
     in_turn: bool = False
+    lorc_forms: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -133,9 +137,11 @@ PRESETS: dict[str, Config] = {
         evaluation=8,
         length=64,
         groups=(16,),
-        ranks=(0, 2, 8),
+        train_groups=False,
+        ranks=(0, 8),
         steps=20,
         rates=(1e-2,),
+        lorc_forms=False,
     ),
     "cpu": Config(),
     "accel": Config(
@@ -172,6 +178,10 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     subjects = make_subjects(stream(key, "texts"), config, log)
     metrics: Metrics = {}
     seen: dict[str, Any] = {}
+    acts = {}
+    for name in config.studied:
+        if name in subjects:
+            subjects[name], acts[name] = calibrated(subjects[name], config.groups[-1])
     for name in config.ladder:
         if name in subjects:
             log.say(f"sensitivity of {name}")
@@ -179,10 +189,9 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     for name in config.planted:
         for factor in config.factors if name in subjects else ():
             sensitivity(planted(stream(key, "outliers"), subjects[name], factor, config.share), metrics)
-    for name in config.studied:
-        if name in subjects:
-            log.say(f"all methods on {name}")
-            study(stream(key, "study", name), subjects[name], config, metrics, seen)
+    for name, seen_by_blocks in acts.items():
+        log.say(f"all methods on {name}")
+        study(stream(key, "study", name), subjects[name], seen_by_blocks, config, metrics, seen)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=draw.all_figures(metrics, seen))
 
 
@@ -196,10 +205,16 @@ def sensitivity(subject: Subject, metrics: Metrics) -> None:
     record(metrics, subject, measure(subject, variants))
 
 
-def study(key: jax.Array, subject: Subject, config: Config, metrics: Metrics, seen: dict[str, Any]) -> None:
+def study(
+    key: jax.Array,
+    subject: Subject,
+    acts: dict[str, jax.Array],
+    config: Config,
+    metrics: Metrics,
+    seen: dict[str, Any],
+) -> None:
     """T2 to T5 on one decoder, and ways to round activations that T1 leaves out."""
     own = kernels_of(subject.config, subject.params)
-    subject, acts = calibrated(subject, config.groups[-1])
     others = {"W16A8 tensor": TENSOR, "W16A8 static": STATIC, "W16A8 groups": GROUP}
     none: list[Kernels | None] = [None] * subject.seeds
     record(metrics, subject, measure(subject, {name: (none, scheme) for name, scheme in others.items()}))
@@ -229,8 +244,9 @@ def study(key: jax.Array, subject: Subject, config: Config, metrics: Metrics, se
             left[f"{cell}/r{rank}"] = np.stack(
                 [np.concatenate([np.asarray(rows) for rows in squares.values()]) for _, squares in both]
             )
-    for name, special in special_lorc(subject, acts, Grid(4), config.rank).items():
-        variants[f"rtn/row/A16/r{config.rank} {name}"] = (special, OFF)
+    if config.lorc_forms:
+        for name, special in special_lorc(subject, acts, Grid(4), config.rank).items():
+            variants[f"rtn/row/A16/r{config.rank} {name}"] = (special, OFF)
     found = measure(subject, variants)
     record(metrics, subject, found)
     errors(metrics, subject, config, left)
@@ -253,7 +269,8 @@ def quantised(
         for act in ACTIVATIONS:
             cells[f"rtn/{grid.name}/{act}"] = [kernels] * subject.seeds
             cells[f"gptq/{grid.name}/{act}"] = gptq
-    trained = [(method, grid) for grid in (grids[0], grids[-1]) for method in ("local", "global")]
+    with_training = (grids[0], grids[-1]) if config.train_groups else grids[:1]
+    trained = [(method, grid) for grid in with_training for method in ("local", "global")]
     for method, grid in [*trained, *([("in turn", grids[0])] if config.in_turn else [])]:
         by_lane, best = reconstruct(stream(key, method, grid.name), subject, acts, grid, config, method)
         for act, lanes in zip(ACTIVATIONS, by_lane, strict=True):

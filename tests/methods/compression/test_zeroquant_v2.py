@@ -47,8 +47,21 @@ def acts():
     return calibrate(MODEL, PARAMS, TOKENS, also=("resid_pre",))
 
 
+@jax.jit
+def run(params, edits):
+    return MODEL.apply({"params": params, "edits": edits}, TOKENS)
+
+
 def logits(params, edits=None):
-    return MODEL.apply({"params": params, "edits": edits or {}}, TOKENS)
+    return run(params, edits or {})
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def rtn(bits):
+    return quantise_blocks(CONFIG, PARAMS, bits=bits, include_zero=True)
+
+
+whole = jax.jit(dequantise_blocks)
 
 
 # Activations
@@ -147,7 +160,8 @@ def test_no_steps_are_plain_rounding():
     np.testing.assert_array_equal(found.kernels["w"], w)
     np.testing.assert_allclose(found.loss["w"], found.loss["w"][0].repeat(3), rtol=1e-6)
     layer = jax.tree.map(lambda leaf: leaf[0], PARAMS["blocks"])
-    found = zq_global(jax.random.key(0), CONFIG, layer, acts()["resid_pre"][0], steps=0, rates=(0.1,), **GRID)
+    stream = acts()["resid_pre"][0]
+    found = jax.jit(lambda x: zq_global(jax.random.key(0), CONFIG, layer, x, steps=0, rates=(0.1,), **GRID))(stream)
     np.testing.assert_array_equal(found.kernels["attn/q"], PARAMS["blocks"]["attn"]["q"]["kernel"][0])
     np.testing.assert_allclose(found.loss[0], found.loss[1], rtol=1e-6)
 
@@ -194,14 +208,18 @@ def test_reconstruction_of_a_decoder_lowers_its_losses(trained):
 
 def test_the_loss_of_a_block_is_that_of_the_quantised_model(trained):
     _, both, _ = trained
+    layer = jax.tree.map(lambda leaf: leaf[:1], PARAMS["blocks"])
+
+    @jax.jit
+    def by_hand(kernels, x):
+        q = quantise_blocks(CONFIG, with_kernels({"blocks": layer}, kernels), **GRID)
+        one = jax.tree.map(lambda leaf: leaf[0], dequantise_blocks(q)["blocks"])
+        edits = {site: RoundInputs(jnp.asarray(1), None, A8) for site in sites_of(CONFIG)}
+        out = one_block(CONFIG).apply({"params": {"block": one}, "edits": edits}, x, jnp.asarray(0))
+        return jnp.square(out - acts()["resid_pre"][1]).mean()
+
     first = jax.tree.map(lambda leaf: leaf[1, :1], both.kernels)
-    params = jax.tree.map(lambda leaf: leaf[:1], PARAMS["blocks"])
-    config = CONFIG
-    q = quantise_blocks(config, with_kernels({"blocks": params}, first), **GRID)
-    one = jax.tree.map(lambda leaf: leaf[0], dequantise_blocks(q)["blocks"])
-    edits = {site: RoundInputs(jnp.asarray(1), None, A8) for site in sites_of(config)}
-    out = one_block(config).apply({"params": {"block": one}, "edits": edits}, acts()["resid_pre"][0], jnp.asarray(0))
-    np.testing.assert_allclose(jnp.square(out - acts()["resid_pre"][1]).mean(), both.loss[1, 0].min(), rtol=1e-3)
+    np.testing.assert_allclose(by_hand(first, acts()["resid_pre"][0]), both.loss[1, 0].min(), rtol=1e-3)
 
 
 def test_blocks_in_turn_read_what_quantised_blocks_give(trained):
@@ -217,63 +235,67 @@ def test_gptq_of_the_second_block_is_calibrated_on_what_the_first_gives():
     got = gptq_blocks(MODEL, PARAMS, TOKENS, bits=3)
     by_hand = gptq(kernel_of(PARAMS, places(CONFIG)[0])[0], hessian(acts()["attn_in"][0]), bits=3)
     np.testing.assert_array_equal(got["blocks"]["attn"]["q"]["kernel"].codes[0], by_hand.codes)
-    rounded = dequantise_blocks(got)
+    rounded = whole(got)
     _, seen = MODEL.capture({"params": rounded}, TOKENS, sites=("attn_in",))
     by_hand = gptq(kernel_of(PARAMS, places(CONFIG)[0])[1], hessian(seen["attn_in"][1]), bits=3)
     same = got["blocks"]["attn"]["q"]["kernel"].codes[1] == by_hand.codes
     assert same.mean() > 0.98
-    cost = qualities(
-        MODEL, PARAMS, {"rtn": (rtn(3), {}), "gptq": (rounded, {})}, jnp.concatenate([TOKENS, TOKENS + 0]), batch=8
-    )
+    cost = qualities(MODEL, PARAMS, {"rtn": (whole(rtn(3)), {}), "gptq": (rounded, {})}, TOKENS)
     assert float(cost["gptq"].kl.mean()) < float(cost["rtn"].kl.mean())
 
 
 def lost(params):
     """The size of what quantisation changed, by kernel."""
     arrays = dequantise_blocks(params)
-    return [float(jnp.linalg.norm(kernel_of(arrays, place) - kernel_of(PARAMS, place))) for place in places(CONFIG)]
+    return jnp.stack([jnp.linalg.norm(kernel_of(arrays, at) - kernel_of(PARAMS, at)) for at in places(CONFIG)])
 
 
-def rtn(bits):
-    return dequantise_blocks(quantise_blocks(CONFIG, PARAMS, bits=bits, include_zero=True))
+@jax.jit
+def repair(params, q):
+    """By rank and bits of the factors: logits, logits of the sum, and the errors."""
+    ranks = {"none": (0, 16), "two": (2, 16), "two of 8 bits": (2, 8), "all": (16, 16)}
+    repaired = {name: compensate_blocks(CONFIG, params, q, m, factor_bits=bits) for name, (m, bits) in ranks.items()}
+    assert isinstance(repaired["two"]["blocks"]["attn"]["o"]["kernel"], LowRank)
+    beside = {name: MODEL.apply({"params": one}, TOKENS) for name, one in repaired.items()}
+    return beside, dequantise_blocks(repaired["two"]), {name: lost(one) for name, one in repaired.items()}
 
 
 def test_a_compensated_decoder_runs_like_the_sum_and_full_rank_is_no_change():
-    q = quantise_blocks(CONFIG, PARAMS, bits=3, include_zero=True)
-    repaired = compensate_blocks(CONFIG, PARAMS, q, 2)
-    assert isinstance(repaired["blocks"]["attn"]["o"]["kernel"], LowRank)
-    np.testing.assert_allclose(logits(repaired), logits(dequantise_blocks(repaired)), atol=1e-4)
-    np.testing.assert_allclose(logits(compensate_blocks(CONFIG, PARAMS, q, 16)), logits(PARAMS), atol=1e-3)
-    np.testing.assert_allclose(logits(compensate_blocks(CONFIG, PARAMS, q, 0)), logits(q), atol=1e-5)
-    rounded = compensate_blocks(CONFIG, PARAMS, q, 2, factor_bits=8)
-    errors = [lost(params) for params in (q, repaired, rounded)]
-    assert (np.diff(errors[:2], axis=0) < 0).all()
-    np.testing.assert_allclose(errors[1], errors[2], rtol=0.05)
-    assert not np.allclose(errors[1], errors[2], rtol=1e-6)
+    beside, added, errors = repair(PARAMS, rtn(3))
+    np.testing.assert_allclose(beside["two"], logits(added), atol=1e-4)
+    np.testing.assert_allclose(beside["all"], logits(PARAMS), atol=1e-3)
+    np.testing.assert_allclose(beside["none"], logits(whole(rtn(3))), atol=1e-4)
+    assert (errors["all"] < 1e-3 * errors["none"]).all() and (errors["two"] < errors["none"]).all()
+    np.testing.assert_allclose(errors["two"], errors["two of 8 bits"], rtol=0.05)
+    assert not np.allclose(errors["two"], errors["two of 8 bits"], rtol=1e-6)
 
 
 def test_a_weighted_lorc_serves_the_outputs():
-    q = quantise_blocks(CONFIG, PARAMS, bits=3, include_zero=True)
     x = {site: value.reshape(2, 72, -1) for site, value in acts().items() if site != "resid_pre"}
-    weighted = compensate_blocks(CONFIG, PARAMS, q, 2, hessians={s: jax.vmap(hessian)(value) for s, value in x.items()})
-    for place in places(CONFIG):
-        left = [
-            kernel_of(PARAMS, place) - kernel_of(dequantise_blocks(p), place)
-            for p in (compensate_blocks(CONFIG, PARAMS, q, 2), weighted)
-        ]
-        flat = [e.reshape(2, x[place.site].shape[-1], -1) for e in left]
-        assert float(jnp.linalg.norm(flat[0])) <= float(jnp.linalg.norm(flat[1]))
-        assert float(jnp.linalg.norm(x[place.site] @ flat[0])) >= float(jnp.linalg.norm(x[place.site] @ flat[1]))
+    hessians = jax.jit(lambda x: {site: jax.vmap(hessian)(value) for site, value in x.items()})(x)
+    weighted = compensate_blocks(CONFIG, PARAMS, rtn(3), 2, hessians=hessians)
+
+    @jax.jit
+    def errors(params):
+        """Of the kernels and of their outputs."""
+        arrays = dequantise_blocks(params)
+        left = {at: kernel_of(PARAMS, at) - kernel_of(arrays, at) for at in places(CONFIG)}
+        flat = {at: e.reshape(2, x[at.site].shape[-1], -1) for at, e in left.items()}
+        of_outputs = [jnp.linalg.norm(x[at.site] @ e) for at, e in flat.items()]
+        return jnp.stack([jnp.linalg.norm(e) for e in flat.values()]), jnp.stack(of_outputs)
+
+    plain, ours = errors(jax.jit(lambda q: compensate_blocks(CONFIG, PARAMS, q, 2))(rtn(3))), errors(weighted)
+    assert (plain[0] <= ours[0]).all() and (plain[1] >= ours[1]).all()
 
 
 # Small parts
 
 
 def test_quality_of_many_is_that_of_each():
-    variants = {"rtn": (rtn(3), {}), "a8": (PARAMS, round_inputs(MODEL, A8, 1))}
-    many = qualities(MODEL, PARAMS, variants, TOKENS, batch=4)
+    variants = {"rtn": (whole(rtn(3)), round_inputs(MODEL, A8)), "a8": (PARAMS, round_inputs(MODEL, A8, 1))}
+    many = qualities(MODEL, PARAMS, variants, TOKENS, batch=3)
     for name, (params, edits) in variants.items():
-        one = quality(MODEL, PARAMS, params, TOKENS, edits=edits)
+        one = quality(MODEL, PARAMS, params, TOKENS, edits=edits, batch=3)
         np.testing.assert_allclose(many[name].kl, one.kl, rtol=1e-4, atol=1e-7)
     assert many["rtn"].kl.shape == (6,) and float(many["rtn"].kl.mean()) > float(many["a8"].kl.mean()) > 0
 

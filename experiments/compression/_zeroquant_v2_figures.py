@@ -102,14 +102,13 @@ def lorc_rank(metrics: Metrics, model: str) -> Figure:
     """T5: KL against the rank."""
     curves, ranks = {}, []
     for method in ("rtn", "gptq"):
-        for grid in ("row", _finest(metrics, model)):
-            start = f"kl/{model}/{method}/{grid}/A16/r"
-            found = {
-                int(name.removeprefix(start)): name for name in metrics if name.startswith(start) and " " not in name
-            }
-            ranks = sorted(found)
-            curves[f"{NAMES[method]}, {grid}"] = np.stack([metrics[found[rank]].per_seed for rank in ranks], 1)
-    return curve_band(ranks, curves, xlabel="rank of LoRC", ylabel="KL (nats a token)", title=f"{model}, W4A16")
+        start = f"kl/{model}/{method}/row/A16/r"
+        names = [name for name in metrics if name.startswith(start) and " " not in name]
+        found = {int(name.removeprefix(start)): name for name in names}
+        ranks = sorted(found)
+        curves[NAMES[method]] = np.stack([metrics[found[rank]].per_seed for rank in ranks], 1)
+    title = f"{model}, W4A16 per row"
+    return curve_band(ranks, curves, xlabel="rank of LoRC", ylabel="KL (nats a token)", title=title)
 
 
 def group_curves(metrics: Metrics, model: str) -> dict[str, Any]:

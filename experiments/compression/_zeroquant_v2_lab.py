@@ -23,6 +23,7 @@ from mechlab.data.text import load_text, rows_of
 from mechlab.data.worlds import tales
 from mechlab.methods.compression.activations import Scheme, round_inputs, static_grids
 from mechlab.methods.compression.decoders import (
+    Place,
     calibrate,
     dequantise_blocks,
     kernel_of,
@@ -35,6 +36,7 @@ from mechlab.methods.compression.low_rank import lorc
 from mechlab.methods.compression.outliers import plant_outliers
 from mechlab.methods.compression.quality import Quality, qualities
 from mechlab.methods.compression.reconstruction import global_blocks, local_blocks
+from mechlab.methods.compression.rounding import nearest
 from mechlab.methods.compression.zeroquant_v2 import compensate_blocks, gptq_blocks
 from mechlab.models import hub
 from mechlab.models.generate import generate
@@ -105,7 +107,8 @@ class Subject:
 def make_subjects(key: jax.Array, config: Config, log: Log) -> dict[str, Subject]:
     """Every decoder that the configuration names; one that is not on this machine is left out, with a word."""
     rows = config.seeds * (config.calibration + config.evaluation)
-    stories = functools.cache(lambda: tales.sample_batch(stream(key, "tales"), rows, length=config.length)["tokens"])
+    write = jax.jit(lambda key: tales.sample_batch(key, rows, length=config.length)["tokens"])
+    stories = functools.cache(lambda: write(stream(key, "tales")))
     subjects = {}
     for name in dict.fromkeys((*config.ladder, *config.planted, *config.studied)):
         try:
@@ -191,7 +194,14 @@ def kernels_of(config: TransformerConfig, params: Any) -> Kernels:
 @functools.partial(jax.jit, static_argnames=("config", "grids"))
 def round_all(config: TransformerConfig, params: Any, grids: tuple[Grid, ...]) -> tuple[Kernels, ...]:
     """RTN on several grids, in one program."""
-    return tuple(kernels_of(config, quantise_blocks(config, params, **grid.options)) for grid in grids)
+    return tuple(_rounded(config, params, grid) for grid in grids)
+
+
+def _rounded(config: TransformerConfig, params: Any, grid: Grid) -> Kernels:
+    def one(place: Place) -> jax.Array:
+        return jax.vmap(lambda kernel: nearest(kernel, inputs=place.inputs, **grid.options))(kernel_of(params, place))
+
+    return {place.name: one(place) for place in places(config)}
 
 
 def run_gptq(subject: Subject, grid: Grid) -> list[Kernels]:
@@ -241,8 +251,7 @@ def _reconstruct(config: TransformerConfig, keys: jax.Array, params: Any, acts: 
             turn = method == "in turn"
             streams = acts["resid_pre"]
             found = global_blocks(key, config, params, streams, in_turn=turn, batch=batch, which=which, **options)
-        quantised = quantise_blocks(config, with_kernels(params, found.kernels), **grid.options)
-        return kernels_of(config, quantised), found.loss
+        return _rounded(config, with_kernels(params, found.kernels), grid), found.loss
 
     both = jax.vmap(one, (None, None, 0))
     return jax.vmap(both, (0, 0, None))(keys, acts, jnp.arange(len(schemes)))

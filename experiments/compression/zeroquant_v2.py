@@ -100,13 +100,13 @@ class Config:
     studied: tuple[str, ...] = ("tales-L",)
     seeds: int = 2
     calibration: int = 24
-    evaluation: int = 32
+    evaluation: int = 24
     length: int = 128
     groups: tuple[int, ...] = (128, 64, 32)
     train_groups: bool = True
     rank: int = 8
     ranks: tuple[int, ...] = (0, 1, 2, 4, 8, 16, 32)
-    steps: int = 60
+    steps: int = 40
     rates: tuple[float, ...] = (3e-3, 1e-2)
     batch: int = 2
     in_turn: bool = False
@@ -234,7 +234,7 @@ def study(
         else:
             top = max(config.rank, *config.ranks)
             repairs[cell] = [factors(subject.config, own, q, top) for q in kernels]
-        swept = act == "A16" and method in ("rtn", "gptq")
+        swept = grid == "row" and act == "A16" and method in ("rtn", "gptq")
         for rank in {config.rank, *config.ranks} - {0} if swept else {config.rank}:
             both = [
                 repaired(subject.config, own, q, f, jnp.asarray(rank))
@@ -266,7 +266,7 @@ def quantised(
     cells: dict[str, list[Kernels]] = {}
     for grid, kernels in zip(grids, round_all(subject.config, subject.params, grids), strict=True):
         gptq = run_gptq(subject, grid)
-        for act in ACTIVATIONS:
+        for act in ACTIVATIONS if grid in (grids[0], grids[-1]) else ("A16",):
             cells[f"rtn/{grid.name}/{act}"] = [kernels] * subject.seeds
             cells[f"gptq/{grid.name}/{act}"] = gptq
     with_training = (grids[0], grids[-1]) if config.train_groups else grids[:1]

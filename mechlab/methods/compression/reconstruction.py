@@ -19,6 +19,7 @@ Differs from the paper: that loss of all texts in place of batches; rates and st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,8 +29,8 @@ import optax
 
 from mechlab.core.edits import straight_through
 from mechlab.methods.compression.activations import RoundInputs, Scheme
-from mechlab.methods.compression.decoders import kernel_of, places, sites_of, with_kernels
-from mechlab.methods.compression.rounding import quantise, require_matrix
+from mechlab.methods.compression.decoders import Place, kernel_of, places, sites_of, with_kernels
+from mechlab.methods.compression.rounding import nearest, require_matrix
 from mechlab.models.blocks import one_block
 from mechlab.models.transformer_config import TransformerConfig
 from mechlab.training.batches import shuffled
@@ -46,34 +47,37 @@ class Reconstruction(NamedTuple):
     """Weights that were trained to be rounded, and the losses on the calibration texts; leaves (L, ...) of a decoder.
 
     Attributes:
-      kernels: by name, W' with the smallest loss, not rounded.
-      loss: (1 + R,) of plain rounding, and after training with every rate; by name for ``zq_local``.
+      kernels: W' with the smallest loss, not rounded; by name where there are many.
+      loss: (1 + R,) of plain rounding, and after training with every rate; by name for ``local_blocks``.
     """
 
-    kernels: dict[str, jax.Array]
+    kernels: Any
     loss: Any
 
 
 def zq_local(
-    kernels: Mapping[str, jax.Array],
-    x: Mapping[str, jax.Array],
-    rounded: Mapping[str, jax.Array],
+    kernel: jax.Array,
+    x: jax.Array,
+    rounded: jax.Array,
     *,
     steps: int,
     rates: tuple[float, ...] = RATES,
-    inputs: Mapping[str, int] | None = None,
+    inputs: int = 1,
     **grid: Any,
 ) -> Reconstruction:
-    """Some kernels, each trained alone to give the outputs that it gave; all in one loop.
+    """One kernel, trained alone to give the outputs that it gave.
 
     Args:
-      kernels: by name, input axes first.
-      x: what each reads on calibration texts, (..., *in).
+      kernel: input axes first.
+      x: what it reads on calibration texts, (..., *in).
       rounded: the same as the quantised kernel will read it.
       steps: of Adam; 0 leaves plain rounding.
-      rates: to choose from for every kernel.
-      inputs: number of input axes, 1 by default.
+      rates: to choose from.
+      inputs: number of input axes.
       **grid: of ``rounding.quantise``.
+
+    Returns:
+      W' shaped like the kernel, and the mean squared errors of an output of a token.
 
     Raises:
       ValueError: no calibration tokens, inputs that do not fit, steps < 0, no rate or one that is not positive;
@@ -81,20 +85,22 @@ def zq_local(
       TypeError: a kernel of integers.
     """
     _require_steps(steps, rates)
-    axes = {name: 1 for name in kernels} | dict(inputs or {})
-    losses = {
-        name: _local_loss(name, kernel, x[name], rounded[name], axes[name], grid) for name, kernel in kernels.items()
-    }
+    w = require_matrix(kernel, inputs)
+    wanted = kernel.shape[:inputs]
+    if x.shape[x.ndim - inputs :] != wanted or rounded.shape != x.shape or not x.size:
+        raise ValueError(f"zq_local: wanted calibration inputs (..., *{wanted}), got {x.shape} and {rounded.shape}.")
+    exact, seen = (jnp.asarray(z, jnp.float32).reshape(-1, len(w)) for z in (x, rounded))
+    missing = (exact - seen) @ w
+    h, g, rest = seen.T @ seen / len(seen), seen.T @ missing / len(seen), jnp.square(missing).sum() / len(seen)
 
-    def total(trained: Any, step: Any) -> jax.Array:
-        return jnp.stack([losses[name](trained[name]) for name in losses]).sum()
+    def loss(trained: jax.Array, step: Any = None) -> jax.Array:
+        e = w - straight_through(nearest(trained, **grid), trained)
+        return (jnp.vdot(e, h @ e + 2 * g) + rest) / w.shape[1]
 
-    start = {name: jnp.asarray(kernel, jnp.float32) for name, kernel in kernels.items()}
-    # Adam treats every number alone, so that kernels trained together are trained as if alone.
-    trained = jax.vmap(lambda rate: _descend(total, start, rate, jnp.arange(steps)))(jnp.asarray(rates))
-    tried = _with_start(start, trained)
-    found = {name: jax.vmap(losses[name])(tried[name]) for name in losses}
-    return Reconstruction({name: tried[name][found[name].argmin()] for name in losses}, found)
+    trained = jax.vmap(lambda rate: _descend(loss, w, rate, jnp.arange(steps)))(jnp.asarray(rates))
+    tried = _with_start(w, trained)
+    found = jax.vmap(loss)(tried)
+    return Reconstruction(tried[found.argmin()].reshape(kernel.shape), found)
 
 
 def local_blocks(
@@ -113,19 +119,30 @@ def local_blocks(
       acts: from ``decoders.calibrate``; may be mapped over, one set of texts a lane.
       schemes, which: how inputs will be rounded, as in ``activations.round_inputs``; ``which`` may be mapped over.
       **options: of ``zq_local``.
+
+    Returns:
+      Kernels (L, in, out) and losses (L, 1 + R), both by name.
     """
-    every = places(config)
-    round_inputs = RoundInputs(jnp.asarray(which), None, schemes)
-    inputs = {place.name: place.inputs for place in every}
+    rounding = RoundInputs(jnp.asarray(which), None, schemes)
+    alike: dict[tuple[int, ...], list[Place]] = {}
+    for place in places(config):
+        alike.setdefault(_matrix_shape(params, place), []).append(place)
+    kernels: dict[str, jax.Array] = {}
+    losses: dict[str, jax.Array] = {}
+    for shape, together in alike.items():
 
-    def one(now: tuple[Any, Any]) -> Reconstruction:
-        kernels, x = now
-        seen = {site: round_inputs(value) for site, value in x.items()}
-        by_name = [{place.name: of[place.site] for place in every} for of in (x, seen)]
-        return zq_local(kernels, *by_name, inputs=inputs, **options)
+        def one(now: Any, shape: tuple[int, ...] = shape) -> Reconstruction:
+            kernels, x = now
+            flat = [value.reshape(*value.shape[:2], shape[0]) for value in x]
+            train = jax.vmap(lambda kernel, x: zq_local(kernel, x, rounding(x), **options))
+            return train(jnp.stack([kernel.reshape(shape) for kernel in kernels]), jnp.stack(flat))
 
-    kernels = {place.name: kernel_of(params, place) for place in every}
-    return jax.lax.map(one, (kernels, {site: acts[site] for site in sites_of(config)}))
+        # Kernels of one shape are lanes of one program, layer after layer.
+        found = jax.lax.map(one, ([kernel_of(params, p) for p in together], [acts[p.site] for p in together]))
+        for i, place in enumerate(together):
+            kernels[place.name] = found.kernels[:, i].reshape(kernel_of(params, place).shape)
+            losses[place.name] = found.loss[:, i]
+    return Reconstruction(kernels, losses)
 
 
 def zq_global(
@@ -214,25 +231,6 @@ def global_blocks(
     return jax.lax.scan(one, streams[0], layers)[1]
 
 
-def _local_loss(
-    name: str, kernel: jax.Array, x: jax.Array, rounded: jax.Array, inputs: int, grid: dict[str, Any]
-) -> Callable[[jax.Array], jax.Array]:
-    """The mean squared error of an output of a token, as a function of W'; see the module's equation."""
-    w = require_matrix(kernel, inputs)
-    wanted = kernel.shape[:inputs]
-    if x.shape[x.ndim - inputs :] != wanted or rounded.shape != x.shape or not x.size:
-        raise ValueError(f"{name}: wanted calibration inputs (..., {wanted}), got {x.shape} and {rounded.shape}.")
-    exact, seen = (jnp.asarray(z, jnp.float32).reshape(-1, len(w)) for z in (x, rounded))
-    missing = (exact - seen) @ w
-    h, g, rest = seen.T @ seen / len(seen), seen.T @ missing / len(seen), jnp.square(missing).sum() / len(seen)
-
-    def loss(trained: jax.Array) -> jax.Array:
-        e = w - _round_through(trained, inputs, grid).reshape(w.shape)
-        return (jnp.vdot(e, h @ e + 2 * g) + rest) / w.shape[1]
-
-    return loss
-
-
 def _rounded_block(
     config: TransformerConfig, which: int | jax.Array, schemes: tuple[Scheme, ...], grid: dict[str, Any]
 ) -> Callable[[Any, Any, jax.Array, jax.Array], jax.Array]:
@@ -241,7 +239,10 @@ def _rounded_block(
     edits = {site: RoundInputs(jnp.asarray(which), None, schemes) for site in sites_of(config)}
 
     def run(params: Any, kernels: Any, x: jax.Array, layer: jax.Array) -> jax.Array:
-        rounded = {place.name: _round_through(kernels[place.name], place.inputs, grid) for place in places(config)}
+        rounded = {
+            place.name: straight_through(nearest(kernels[place.name], inputs=place.inputs, **grid), kernels[place.name])
+            for place in places(config)
+        }
         own = with_kernels({"blocks": params}, rounded)["blocks"]
         out: jax.Array = block.apply({"params": {"block": own}, "edits": edits}, x, layer)
         return out
@@ -249,9 +250,9 @@ def _rounded_block(
     return run
 
 
-def _round_through(kernel: jax.Array, inputs: int, grid: dict[str, Any]) -> jax.Array:
-    """Rounded, with the gradient of no rounding."""
-    return straight_through(quantise(kernel, inputs=inputs, **grid).dequantise(), kernel)
+def _matrix_shape(params: Any, place: Place) -> tuple[int, ...]:
+    shape = kernel_of(params, place).shape[1:]
+    return math.prod(shape[: place.inputs]), math.prod(shape[place.inputs :])
 
 
 def _descend(loss: Callable[[Any, Any], jax.Array], start: Any, rate: jax.Array, plan: jax.Array) -> Any:

@@ -137,6 +137,23 @@ def quantise(
     return as_qtensor(grid.encode(cut).reshape(matrix.shape), grid, along, kernel.shape)
 
 
+def nearest(
+    kernel: jax.Array,
+    *,
+    bits: int,
+    group: int | None = None,
+    axis: str = "oc",
+    symmetric: bool = False,
+    include_zero: bool = False,
+    inputs: int = 1,
+) -> jax.Array:
+    """``quantise(...).dequantise()`` without the codes in between: for training, and where only the numbers matter."""
+    matrix = require_matrix(kernel, inputs)
+    cut, along = in_groups(matrix, require_group(matrix.shape, group, axis), axis)
+    grid = find_grid(cut, bits=bits, symmetric=symmetric, include_zero=include_zero, axis=along)
+    return grid.nearest(cut).reshape(kernel.shape)
+
+
 def quantise_activations(
     x: Float[ArrayLike, "... D"], *, bits: int, symmetric: bool = True, mode: str = "token", group: int | None = None
 ) -> Float[Array, "... D"]:

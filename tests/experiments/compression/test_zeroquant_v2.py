@@ -22,7 +22,13 @@ def result():
 def test_smoke_run_judges_every_claim_that_one_small_decoder_can_judge(result):
     status = {claim.id: claim.status for claim in result.claims}
     assert set(status) == {claim.id for claim in CLAIMS}
-    for name in ("eight_bit_weights", "gptq_beats_rtn", "global_beats_rtn", "lorc_on_every_method", "lorc_as_predicted"):
+    for name in (
+        "eight_bit_weights",
+        "gptq_beats_rtn",
+        "global_beats_rtn",
+        "lorc_on_every_method",
+        "lorc_as_predicted",
+    ):
         assert status[name] == "holds", name
     assert status["small_models_suffer_less"] == status["finer_groups"] == "not_judged"
 
@@ -38,9 +44,7 @@ def test_smoke_run_measures_what_it_says(result):
         metrics["perplexity/tales-S x32"].per_seed, metrics["perplexity/tales-S"].per_seed, rtol=1e-3
     )
     increase, relative = (metrics[f"{kind}/tales-S/W4A16 sym"].per_seed for kind in ("increase", "relative"))
-    np.testing.assert_allclose(
-        relative, 100 * np.divide(increase, metrics["perplexity/tales-S"].per_seed), rtol=1e-4
-    )
+    np.testing.assert_allclose(relative, 100 * np.divide(increase, metrics["perplexity/tales-S"].per_seed), rtol=1e-4)
     gain = metrics["gain/tales-S/rtn/row/A16"]
     by_hand = np.subtract(*(metrics[f"kl/tales-S/rtn/row/A16/r{rank}"].per_seed for rank in (0, 8)))
     np.testing.assert_allclose(gain.per_seed, by_hand, rtol=1e-3)
@@ -50,7 +54,13 @@ def test_smoke_run_measures_what_it_says(result):
 
 
 def test_smoke_run_draws_its_figures(result):
-    wanted = {"sensitivity", "sensitivity_planted", "methods_w4a16_tales-S", "lorc_rank_tales-S", "error_spectra_tales-S"}
+    wanted = {
+        "sensitivity",
+        "sensitivity_planted",
+        "methods_w4a16_tales-S",
+        "lorc_rank_tales-S",
+        "error_spectra_tales-S",
+    }
     assert wanted <= set(result.figures)
 
 

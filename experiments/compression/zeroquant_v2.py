@@ -266,7 +266,7 @@ def quantised(
     cells: dict[str, list[Kernels]] = {}
     for grid, kernels in zip(grids, round_all(subject.config, subject.params, grids), strict=True):
         gptq = run_gptq(subject, grid)
-        for act in ACTIVATIONS if grid in (grids[0], grids[-1]) else ("A16",):
+        for act in tuple(ACTIVATIONS) if grid in (grids[0], grids[-1]) else ("A16",):
             cells[f"rtn/{grid.name}/{act}"] = [kernels] * subject.seeds
             cells[f"gptq/{grid.name}/{act}"] = gptq
     with_training = (grids[0], grids[-1]) if config.train_groups else grids[:1]

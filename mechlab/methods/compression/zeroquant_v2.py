@@ -32,13 +32,7 @@ import numpy as np
 
 from mechlab.core.kernel_forms import LowRank
 from mechlab.core.model import Model
-from mechlab.methods.compression.decoders import (
-    Place,
-    kernel_of,
-    places,
-    sites_of,
-    with_kernels,
-)
+from mechlab.methods.compression.decoders import Place, kernel_of, places, sites_of, with_kernels
 from mechlab.methods.compression.gptq import gptq, hessian
 from mechlab.methods.compression.low_rank import compensate
 from mechlab.methods.compression.rounding import quantise, require_bits, require_matrix
@@ -156,7 +150,7 @@ def sensitivity_class(increase: ArrayLike, base: ArrayLike | None = None) -> np.
     ([1, 1, 2, 3], 3)
     """
     share = 1.0 if base is None else np.asarray(base) / PAPER_PERPLEXITY
-    return 1 + sum((np.asarray(increase) > limit * share).astype(int) for limit in THRESHOLDS)
+    return np.asarray(1 + sum((np.asarray(increase) > limit * share).astype(int) for limit in THRESHOLDS))
 
 
 def deepspeed_round(kernel: Float[ArrayLike, "I O"], *, bits: int, symmetric: bool) -> Float[Array, "I O"]:

@@ -100,13 +100,14 @@ def lorc_gain(metrics: Metrics, model: str) -> Figure:
 
 def lorc_rank(metrics: Metrics, model: str) -> Figure:
     """T5: KL against the rank."""
-    curves, ranks = {}, []
+    curves: dict[str, Any] = {}
+    ranks: list[int] = []
     for method in ("rtn", "gptq"):
         start = f"kl/{model}/{method}/row/A16/r"
         names = [name for name in metrics if name.startswith(start) and " " not in name]
         found = {int(name.removeprefix(start)): name for name in names}
         ranks = sorted(found)
-        curves[NAMES[method]] = np.stack([metrics[found[rank]].per_seed for rank in ranks], 1)
+        curves[NAMES[method]] = np.stack([_seeds(metrics[found[rank]]) for rank in ranks], 1)
     title = f"{model}, W4A16 per row"
     return curve_band(ranks, curves, xlabel="rank of LoRC", ylabel="KL (nats a token)", title=title)
 
@@ -115,8 +116,8 @@ def group_curves(metrics: Metrics, model: str) -> dict[str, Any]:
     """T3: KL of RTN and GPTQ against the group size, by seed."""
     start = f"kl/{model}/rtn/g"
     groups = sorted(int(name.removeprefix(start).split("/")[0]) for name in metrics if _is_group(name, start))
-    curves = {
-        NAMES[method]: np.stack([metrics[f"kl/{model}/{method}/g{group}/A16/r0"].per_seed for group in groups], 1)
+    curves: dict[str, Any] = {
+        NAMES[method]: np.stack([_seeds(metrics[f"kl/{model}/{method}/g{group}/A16/r0"]) for group in groups], 1)
         for method in ("rtn", "gptq")
     }
     return {"x": groups, "curves": curves}
@@ -137,6 +138,10 @@ def error_spectra(spectra: Mapping[str, np.ndarray], model: str) -> Figure:
     legend(axes)
     note(figure, f"mean over {len(values)} kernels; band: smallest to largest; first seed")
     return figure
+
+
+def _seeds(metric: Metric) -> np.ndarray:
+    return np.asarray(metric.per_seed)
 
 
 def _is_group(name: str, start: str) -> bool:

@@ -206,7 +206,7 @@ def _rounded(config: TransformerConfig, params: Any, grid: Grid) -> Kernels:
 
 def run_gptq(subject: Subject, grid: Grid) -> list[Kernels]:
     """GPTQ on every seed's calibration texts."""
-    options = {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
+    options: dict[str, Any] = {"bits": grid.bits, "group": grid.group, "symmetric": grid.symmetric}
     return [
         kernels_of(subject.config, gptq_blocks(subject.model, subject.params, texts, **options))
         for texts in subject.calibration

@@ -126,8 +126,9 @@ def compensate_blocks(
             both = jax.vmap(lambda w, q: compensate(w, q, rank))(kernel, q)
         else:
             # The weighting is host algebra in float64, layer by layer.
+            h = np.asarray(hessians[place.site])
             layers = [
-                compensate(kernel[i], jax.tree.map(lambda leaf, i=i: leaf[i], q), rank, hessians[place.site][i])
+                compensate(kernel[i], jax.tree.map(lambda leaf, i=i: leaf[i], q), rank, h[i])
                 for i in range(config.layers)
             ]
             both = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)

@@ -1,7 +1,7 @@
 """ZeroQuant-V2 (arXiv 2303.08302): what does rounding weights and activations cost, and what repairs it?
 
-    python -m experiments run zeroquant_v2                    # several minutes on two cores
-    python -m experiments run zeroquant_v2 --preset smoke     # one small decoder, seconds
+    python -m experiments run zeroquant_v2                    # about 10 minutes of CPU time
+    python -m experiments run zeroquant_v2 --preset smoke     # one small decoder, a minute of it
 
 Every decoder of a ladder is rounded to nearest in ten ways: weights (W), activations (A), both (WA), 8 or 4 bits,
 symmetric or not (T1); some again with planted outliers, apart. Then the studied decoders: RTN, GPTQ, ZQ-Local and

@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from mechlab.core.model import Model
 from mechlab.core.sites import LAYER_AXES, site
 from mechlab.models.layers import ACTIVATIONS, Linear, Norm, attention, rotate, rotation
 from mechlab.models.transformer_config import TransformerConfig
@@ -99,6 +100,16 @@ def stacked(config: TransformerConfig, name: str | None = None) -> Any:
     return scanned(config, name=name)
 
 
+def one_block(config: TransformerConfig) -> Model:
+    """One block as a model of its own: ``(x (B, T, D), layer) -> (B, T, D)``, from ``resid_pre`` to ``resid_post``.
+
+    Parameters are ``{"block": those of one layer}``. Its sites are the block's, none of them stacked, and take edits.
+    The layer, an int array without axes, says whether the block has a window; texts are without padding.
+    """
+    example = (jax.ShapeDtypeStruct((1, 2, config.width), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32))
+    return Model(_OneBlock(config), example)
+
+
 def run_attention(config: TransformerConfig, params: Any, x: jax.Array, layer: jax.Array | int = 0) -> jax.Array:
     """What a layer's attention adds to the stream, from its normed input.
 
@@ -122,6 +133,17 @@ def run_mlp(config: TransformerConfig, params: Any, x: jax.Array) -> jax.Array:
     assert config.hidden is not None
     out: Any = _MLP(config, config.hidden).apply({"params": params}, x, jnp.arange(x.shape[1]))
     return out
+
+
+class _OneBlock(nn.Module):
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: jax.Array) -> jax.Array:
+        positions = jnp.arange(x.shape[1])
+        seen = views(self.config, positions)
+        out: Any = Block(self.config, name="block")((x, None), positions, seen, layer)
+        return out[0][0]
 
 
 class Block(nn.Module):

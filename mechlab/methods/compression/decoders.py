@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mechlab.core.kernel_forms import QTensor, Quantised
+from mechlab.core.kernel_forms import LowRank, QTensor, Quantised
 from mechlab.core.model import Model
 from mechlab.kernels.w4a16 import pack
 from mechlab.methods.compression.rounding import quantise
@@ -89,12 +89,18 @@ def quantise_blocks(config: TransformerConfig, params: Any, **grid: Any) -> Any:
 
 
 def dequantise_blocks(params: Any) -> Any:
-    """The parameters with plain arrays instead of quantised kernels, for what needs kernels to compute with."""
+    """The parameters with plain arrays in place of quantised and low-rank kernels, for what needs kernels to compute with.
+
+    Many variants of one decoder then share a compiled program.
+    """
 
     def whole(x: Any) -> Any:
+        if isinstance(x, LowRank):
+            # One layer's product of factors; the layers are in front.
+            return whole(x.kernel) + jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(x.a, x.b)
         return x.dequantise() if isinstance(x, Quantised) else x
 
-    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, Quantised))
+    return jax.tree.map(whole, params, is_leaf=lambda x: isinstance(x, Quantised | LowRank))
 
 
 def pack_blocks(params: Any) -> Any:
@@ -110,13 +116,16 @@ def pack_blocks(params: Any) -> Any:
     return jax.tree.map(packed, params, is_leaf=lambda x: isinstance(x, QTensor))
 
 
-def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[str, jax.Array]:
+def calibrate(
+    model: Model, params: Any, tokens: Int[ArrayLike, "B T"], *, also: tuple[str, ...] = ()
+) -> dict[str, jax.Array]:
     """What every kernel of the blocks reads on calibration texts, all layers in one pass: (L, B, T, ...) by site.
 
     Args:
       model: a decoder from ``models.transformer``.
       params: its parameters.
       tokens: texts without padding.
+      also: further sites to keep, such as "resid_pre", what each block reads.
 
     Raises:
       ValueError: no texts, or activations that are not finite, naming the site and the layer.
@@ -124,7 +133,7 @@ def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"calibrate: wanted texts (B, T), got shape {tokens.shape}.")
-    acts = _inputs(model, params, tokens)
+    acts = _inputs(model, params, tokens, (*sites_of(model.module.config), *also))
     for site, x in acts.items():
         finite = np.isfinite(np.asarray(x)).reshape(len(x), -1).all(1)
         if not finite.all():
@@ -132,9 +141,9 @@ def calibrate(model: Model, params: Any, tokens: Int[ArrayLike, "B T"]) -> dict[
     return acts
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _inputs(model: Model, params: Any, tokens: jax.Array) -> dict[str, jax.Array]:
-    return model.capture({"params": params}, tokens, sites=sites_of(model.module.config))[1]
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def _inputs(model: Model, params: Any, tokens: jax.Array, sites: tuple[str, ...]) -> dict[str, jax.Array]:
+    return model.capture({"params": params}, tokens, sites=sites)[1]
 
 
 def inspect(

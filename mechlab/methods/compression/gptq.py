@@ -94,30 +94,55 @@ def gptq(
             "gptq: act_order needs static_groups=True, since a group's inputs no longer follow each other."
         )
     order, factor, dead = _factor(hessian, matrix.shape[0], damp, act_order)
-    matrix = jnp.where(jnp.asarray(dead)[:, None], 0, matrix)
+    static = axis == "oc" and (static_groups or group == len(matrix))
     options: dict[str, Any] = {
         "bits": bits,
         "symmetric": symmetric,
         "include_zero": axis == "oc" if include_zero is None else include_zero,
     }
+    return _solve(
+        matrix,
+        order,
+        jnp.asarray(factor, jnp.float32),
+        dead,
+        group=group,
+        axis=axis,
+        static=static,
+        block=group if axis == "oc" and not static else _block(len(matrix)),
+        shape=kernel.shape,
+        options=tuple(sorted(options.items())),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("group", "axis", "static", "block", "shape", "options"))
+def _solve(
+    matrix: jax.Array,
+    order: jax.Array,
+    factor: jax.Array,
+    dead: jax.Array,
+    *,
+    group: int,
+    axis: str,
+    static: bool,
+    block: int,
+    shape: tuple[int, ...],
+    options: tuple[tuple[str, Any], ...],
+) -> QTensor:
+    """The kernel rounded in an order of its inputs; the factor is that of the Hessian in the same order."""
+    matrix = jnp.where(dead[:, None], 0, matrix)
     cut, along = in_groups(matrix, group, axis)
-    rows, upper = matrix[order], jnp.asarray(factor, jnp.float32)
-    if axis == "oc" and (static_groups or group == len(matrix)):
-        grid = find_grid(cut, axis=along, **options)
+    back = jnp.argsort(order)
+    if static:
+        grid = find_grid(cut, axis=along, **dict(options))
         spread = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, cut.shape).reshape(matrix.shape)[order], grid)
-        codes, _ = _rows(
-            rows, upper, spread, group=None, axis=axis, block=_block(len(matrix)), options=_frozen(options)
-        )
+        codes, _ = _rows(matrix[order], factor, spread, group=None, axis=axis, block=block, options=options)
     else:
-        block = group if axis == "oc" else _block(len(matrix))
-        codes, grid = _rows(rows, upper, None, group=group, axis=axis, block=block, options=_frozen(options))
-    back = np.argsort(order)
-    if axis == "ic":
-        grid = jax.tree.map(lambda leaf: leaf[back], grid)
-    return as_qtensor(codes[back], grid, along, kernel.shape)
+        codes, grid = _rows(matrix[order], factor, None, group=group, axis=axis, block=block, options=options)
+        if axis == "ic":
+            grid = jax.tree.map(lambda leaf: leaf[back], grid)
+    return as_qtensor(codes[back], grid, along, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "axis", "block", "options"))
 def _rows(
     matrix: jax.Array,
     factor: jax.Array,
@@ -187,7 +212,3 @@ def _factor(hessian: Any, size: int, damp: float, act_order: bool) -> tuple[np.n
 def _block(size: int) -> int:
     """The largest divisor of the number of inputs that is at most ``BLOCK``."""
     return max(n for n in range(1, min(size, BLOCK) + 1) if size % n == 0)
-
-
-def _frozen(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(options.items()))

@@ -8,6 +8,7 @@ Over all tokens of some texts but the first of each, with p the model and q what
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -63,16 +64,45 @@ def quality(
     Raises:
       ValueError: no texts, or texts of one token.
     """
+    return qualities(model, params, {"": (changed, edits or {})}, tokens, batch=batch)[""]
+
+
+def qualities(
+    model: Model,
+    params: Any,
+    variants: Mapping[str, tuple[Any, Any]],
+    tokens: Int[ArrayLike, "B T"],
+    *,
+    batch: int = 16,
+) -> dict[str, Quality]:
+    """Compare a model with many variants of it: the model itself runs once, variants of one structure share a program.
+
+    Args:
+      model, params, tokens, batch: as in ``quality``.
+      variants: ``{name: (parameters, edits)}``.
+
+    Raises:
+      ValueError: no texts, or texts of one token.
+    """
     tokens = jnp.asarray(tokens)
     if tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < 2:
         raise ValueError(f"quality: wanted texts (B, T) of two tokens at least, got shape {tokens.shape}.")
-    rows = [_compare(model, params, changed, edits or {}, tokens[i : i + batch]) for i in range(0, len(tokens), batch)]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+    rows: dict[str, list[Quality]] = {name: [] for name in variants}
+    for first in range(0, len(tokens), batch):
+        part = tokens[first : first + batch]
+        base = _logits(model, params, part)
+        for name, (changed, edits) in variants.items():
+            rows[name].append(_compare(model, base, changed, edits, part))
+    return {name: jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts) for name, parts in rows.items()}
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _compare(model: Model, params: Any, changed: Any, edits: Any, tokens: jax.Array) -> Quality:
-    p = model.apply({"params": params}, tokens)[:, :-1]
+def _logits(model: Model, params: Any, tokens: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, tokens)[:, :-1]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _compare(model: Model, p: jax.Array, changed: Any, edits: Any, tokens: jax.Array) -> Quality:
     q = model.apply({"params": changed, "edits": edits}, tokens)[:, :-1]
     following = tokens[:, 1:]
     return Quality(

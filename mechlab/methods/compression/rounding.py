@@ -135,14 +135,31 @@ def quantise(
     group = require_group(matrix.shape, group, axis)
     require_bits(bits)
     options = {"bits": bits, "symmetric": symmetric, "include_zero": include_zero}
-    return _nearest(matrix, group=group, axis=axis, shape=kernel.shape, **options)
+    return _coded(matrix, group=group, axis=axis, shape=kernel.shape, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("group", "axis", "shape", "bits", "symmetric", "include_zero"))
-def _nearest(matrix: jax.Array, *, group: int, axis: str, shape: tuple[int, ...], **options: Any) -> QTensor:
+def _coded(matrix: jax.Array, *, group: int, axis: str, shape: tuple[int, ...], **options: Any) -> QTensor:
     cut, along = in_groups(matrix, group, axis)
     grid = find_grid(cut, axis=along, **options)
     return as_qtensor(grid.encode(cut).reshape(matrix.shape), grid, along, shape)
+
+
+def nearest(
+    kernel: jax.Array,
+    *,
+    bits: int,
+    group: int | None = None,
+    axis: str = "oc",
+    symmetric: bool = False,
+    include_zero: bool = False,
+    inputs: int = 1,
+) -> jax.Array:
+    """``quantise(...).dequantise()`` without the codes in between: for training, and where only the numbers matter."""
+    matrix = require_matrix(kernel, inputs)
+    cut, along = in_groups(matrix, require_group(matrix.shape, group, axis), axis)
+    grid = find_grid(cut, bits=bits, symmetric=symmetric, include_zero=include_zero, axis=along)
+    return grid.nearest(cut).reshape(kernel.shape)
 
 
 def quantise_activations(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mechlab.methods.compression.gptq import gptq, hessian
 from mechlab.methods.compression.low_rank import compensate, lorc
-from mechlab.methods.compression.rounding import find_grid, quantise, quantise_activations
+from mechlab.methods.compression.rounding import find_grid, nearest, quantise, quantise_activations
 from mechlab.models.layers import linear
 
 KERNEL = jax.random.normal(jax.random.key(0), (24, 20)) * jnp.linspace(0.1, 3, 24)[:, None]
@@ -190,6 +190,15 @@ def test_a_compensated_kernel_runs_like_the_sum():
     np.testing.assert_allclose(linear(x, both, None, inputs=2), wanted, atol=1e-4)
     full = compensate(kernel, q, 10)
     np.testing.assert_allclose(linear(x, full, None, inputs=2), x.reshape(2, 24) @ kernel.reshape(24, 10), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"group": 8}, {"axis": "ic", "group": 10}, {"symmetric": True}, {"include_zero": True}]
+)
+def test_the_nearest_numbers_are_those_of_the_codes(options):
+    kernel = KERNEL.reshape(4, 6, 20)
+    both = nearest(kernel, bits=4, inputs=2, **options), quantise(kernel, bits=4, inputs=2, **options).dequantise()
+    np.testing.assert_array_equal(*both)
 
 
 def test_sixteen_levels_are_used_and_none_besides():

@@ -89,7 +89,7 @@ def quantise_blocks(config: TransformerConfig, params: Any, **grid: Any) -> Any:
 
 
 def dequantise_blocks(params: Any) -> Any:
-    """The parameters with plain arrays in place of quantised and low-rank kernels, for what needs kernels to compute with.
+    """The parameters with plain arrays for quantised and low-rank kernels, for what needs kernels to compute with.
 
     Many variants of one decoder then share a compiled program.
     """

@@ -1,8 +1,8 @@
 """``python -m experiments bench all``: every device check and benchmark, one process each, within a time limit each.
 
 On an accelerator the limits add up to less than nine minutes. A benchmark that fails or runs out of time is reported as
-such and does not stop the others. Peers in other interpreters (of ``bench patching``, ``ibp``, ``adapters`` and
-``steering``) are left out.
+such and does not stop the others. Peers in other interpreters (of ``bench patching``, ``ibp``, ``adapters``,
+``quantise`` and ``steering``) are left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from mechlab.reporting.results import write_json
 
 LIMITS: dict[str, int] = {
     "device": 105,
-    "core": 125,
+    "core": 110,
     "training": 60,
     "patching": 80,
     "patching_maps": 20,
     "rational": 30,
     "kernels": 60,
+    "quantise": 15,
     "ibp": 25,
     "adapters": 10,
     "steering": 24,
@@ -42,6 +43,7 @@ ON_CPU: dict[str, int] = {
     "patching_maps": 300,
     "rational": 120,
     "kernels": 120,
+    "quantise": 120,
     "ibp": 240,
     "adapters": 240,
     "steering": 240,

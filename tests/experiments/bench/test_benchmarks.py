@@ -76,6 +76,18 @@ def test_ibp_takes_the_steps_that_pytorch_takes(tmp_path, monkeypatch):
             assert apart < 1e-5 * found["largest margin"]
 
 
+def test_quantise_finds_what_pytorch_finds(tmp_path, monkeypatch):
+    monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
+    record = run("quantise", tmp_path)
+    assert list(record["cases"]) == ["rounding", "AWQ scales", "AWQ clip", "GPTQ"]
+    for label, found in record["cases"].items():
+        assert found["seconds per billion weights"]["ours"] > 0
+        assert ("ours" in found["bytes"]) == (label != "GPTQ")
+        # A group clipped on both sides has its zero at 7.5 steps, and the last bit decides which way it is rounded.
+        for apart in found["largest difference, relative"].values():
+            assert apart < (2e-2 if label == "AWQ clip" else 1e-4)
+
+
 def test_steering_gives_what_edited_forwards_and_pytorch_give(tmp_path, monkeypatch):
     monkeypatch.setenv("MECHLAB_PEERS", sys.executable)
     found = run("steering", tmp_path)["grid"]

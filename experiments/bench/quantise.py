@@ -83,7 +83,8 @@ def bench(preset: str, out: Path) -> dict[str, Any]:
     arrays = _arrays(jax.random.key(0), size)
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "arrays.npz", **{name: np.asarray(array) for name, array in arrays.items()})
+        stored: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+        np.savez(folder / "arrays.npz", **stored)
         (folder / "size.json").write_text(json.dumps(dataclasses.asdict(size)))
         with running(Path(__file__).with_name("_quantise_peers.py"), PEERS, folder) as peers:
             record: dict[str, Any] = {"size": dataclasses.asdict(size), "machine": machine(peers), "cases": {}}

@@ -157,11 +157,6 @@ def calibrated(subject: Subject, group: int) -> tuple[Subject, dict[str, jax.Arr
     return dataclasses.replace(subject, schemes=subject.schemes + more, static=static), acts
 
 
-@jax.jit
-def _static_grids(acts: dict[str, jax.Array]) -> Any:
-    return static_grids({site: x for site, x in acts.items() if site != "resid_pre"}, bits=8)
-
-
 def measure(subject: Subject, variants: Mapping[str, tuple[Sequence[Kernels | None], int]]) -> dict[str, Quality]:
     """What variants cost on each seed's texts.
 

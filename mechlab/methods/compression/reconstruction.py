@@ -69,7 +69,7 @@ def zq_local(
 
     Args:
       kernel: input axes first.
-      x: what it reads on calibration texts, (..., *in).
+      x: what it reads on calibration texts, ``(..., *in)``.
       rounded: the same as the quantised kernel will read it.
       steps: of Adam; 0 leaves plain rounding.
       rates: to choose from.

@@ -12,7 +12,7 @@ and LoRC adds to any of them what is left, to rank m, beside the quantised kerne
 
     W - W_q = U S V^T,    A = U_m S_m^(1/2),    B = S_m^(1/2) V_m^T,    x W ~ x W_q + (x A) B
 
-Everything inside the blocks is quantised; embeddings, unembedding, norms and the softmax are not.
+Everything inside the blocks is quantised; embeddings, unembedding, norms and the softmax are not::
 
     grid = {"bits": 4, "group": 32, "include_zero": True}                # the paper's asymmetric grid has 0 on it
     quantised = quantise_blocks(config, params, **grid)                  # or gptq_blocks(model, params, tokens, ...)

@@ -42,6 +42,11 @@ def of_seeds(metric: Metric, form: str = ".2f") -> str:
     return ", ".join(format(value, form) for value in metric.per_seed or (metric.value,))
 
 
+def by_seed(metric: Metric) -> np.ndarray:
+    """Its value in every seed, (S,)."""
+    return np.asarray(metric.per_seed)
+
+
 def every_seed(metric: Metric, wanted: Callable[[float], bool]) -> bool:
     """Whether every seed's value is as wanted."""
     return all(wanted(value) for value in metric.per_seed or (metric.value,))

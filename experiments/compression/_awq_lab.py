@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -102,11 +103,26 @@ def arms(lab: Lab, key: jax.Array, tokens: jax.Array, acts: dict[str, jax.Array]
     folded = subject.params
     for site, search in report.searches.items():
         folded = scale_inputs(lab.blocks, folded, site, search.s)
-        losses = np.asarray(search.losses)
-        lab.losses.setdefault(bits, {}).setdefault(site, []).append(losses / losses[:, :1])
+        lab.losses.setdefault(bits, {}).setdefault(site, []).append(over_rounding(search))
     found["awq_scale"] = quantise_blocks(lab.blocks, folded, **grid)
     found["gptq"] = gptq(lab, subject.params, tokens, bits)
     return found
+
+
+def over_rounding(search: method.Search) -> np.ndarray:
+    """(L, 20): the loss of every alpha over that of alpha = 0."""
+    losses = np.asarray(search.losses)
+    return losses / losses[:, :1]
+
+
+def search_metrics(losses: Mapping[int, Mapping[str, Sequence[np.ndarray]]]) -> dict[str, Metric]:
+    """The worst and the mean of the smallest ratios of losses, over bits, sites, seeds and layers."""
+    ratios = [ratio for sites in losses.values() for of_seeds in sites.values() for ratio in of_seeds]
+    least = np.concatenate([ratio.min(1) for ratio in ratios])
+    return {
+        f"search/{name}_ratio": Metric(value=float(value), n=least.size, unit="of the loss at alpha = 0")
+        for name, value in (("worst", least.max()), ("mean", least.mean()))
+    }
 
 
 def gptq(lab: Lab, params: Any, tokens: jax.Array, bits: int) -> Any:

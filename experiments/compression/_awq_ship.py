@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.compression._awq_claims import CLAIMS
 from experiments.compression._awq_figures import search_figures
-from experiments.compression._awq_lab import make_lab
+from experiments.compression._awq_lab import make_lab, over_rounding, search_metrics
 from experiments.compression._awq_subjects import load_subject
 from mechlab.core.errors import UserError
 from mechlab.core.rng import stream
@@ -82,13 +82,9 @@ def ship(key: jax.Array, config: Config, log: Log) -> Result:
         for prompt, text in zip(np.asarray(texts), written["packed"], strict=True):
             log.say(f"{subject.tokenizer.decode(prompt.tolist())} ... {subject.tokenizer.decode(text.tolist())}")
 
-    losses = {site: np.asarray(search.losses) for site, search in report.searches.items()}
-    ratios = {site: loss / loss[:, :1] for site, loss in losses.items()}
-    worst = np.concatenate([ratio.min(1) for ratio in ratios.values()])
-    metrics["search/worst_ratio"] = Metric(value=float(worst.max()), n=worst.size, unit="of the loss at alpha = 0")
-    metrics["search/mean_ratio"] = Metric(value=float(worst.mean()), n=worst.size, unit="of the loss at alpha = 0")
-    figures = search_figures({4: {site: [ratio] for site, ratio in ratios.items()}})
-    return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
+    losses = {4: {site: [over_rounding(search)] for site, search in report.searches.items()}}
+    metrics |= search_metrics(losses)
+    return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=search_figures(losses))
 
 
 def _memory(model: Any, params: Any, packed: Any) -> dict[str, Metric]:

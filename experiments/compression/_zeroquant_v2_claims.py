@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from experiments.measures import by_seed
 from mechlab.reporting.results import Claim, Metric
 
 Metrics = Mapping[str, Metric]
@@ -26,26 +27,18 @@ def _studied(metrics: Metrics) -> list[str]:
     return [name for name in _models(metrics) if f"kl/{name}/rtn/row/A16/r0" in metrics]
 
 
-def _seeds(metric: Metric) -> np.ndarray:
-    return np.asarray(metric.per_seed)
-
-
-def _finest(metrics: Metrics, model: str) -> str:
+def finest(metrics: Metrics, model: str) -> str:
     """The grid with the smallest groups."""
     grids = {name.split("/")[3] for name in metrics if name.startswith(f"kl/{model}/rtn/")}
     return min((grid for grid in grids if grid.startswith("g")), key=lambda grid: int(grid[1:]))
 
 
-def _join(parts: Iterable[str]) -> str:
-    return "; ".join(parts)
-
-
 def _eight_bits(metrics: Metrics) -> Verdict:
     worst = {}
     for model in _models(metrics):
-        both = [_seeds(metrics[f"increase/{model}/W8A16 {kind}"]) for kind in ("sym", "asym")]
+        both = [by_seed(metrics[f"increase/{model}/W8A16 {kind}"]) for kind in ("sym", "asym")]
         worst[model] = float(np.max(both))
-    return max(worst.values()) <= 0.1, _join(f"{model} at most {value:+.4f} PPL" for model, value in worst.items())
+    return max(worst.values()) <= 0.1, "; ".join(f"{model} at most {value:+.4f} PPL" for model, value in worst.items())
 
 
 def _asymmetric(metrics: Metrics) -> Verdict:
@@ -54,7 +47,7 @@ def _asymmetric(metrics: Metrics) -> Verdict:
         for kind in ("sym", "asym"):
             means[width, kind] = np.mean([metrics[f"increase/{m}/{width} {kind}"].value for m in _models(metrics)])
     holds = all(means[width, "asym"] <= means[width, "sym"] for width in ("W16A8", "W4A16"))
-    return holds, _join(
+    return holds, "; ".join(
         f"{width}: sym {means[width, 'sym']:+.4f}, asym {means[width, 'asym']:+.4f} PPL" for width in ("W16A8", "W4A16")
     )
 
@@ -66,9 +59,9 @@ def _against(better: str, worse: str) -> Callable[[Metrics], Verdict]:
         holds, words = True, []
         for model in _studied(metrics):
             a, b = (metrics[f"kl/{model}/{cell}/r0"] for cell in (better, worse))
-            holds = holds and bool((_seeds(a) < _seeds(b)).all())
+            holds = holds and bool((by_seed(a) < by_seed(b)).all())
             words.append(f"{model}: {a.value:.4f} against {b.value:.4f} nats")
-        return (holds if words else None), _join(words)
+        return (holds if words else None), "; ".join(words)
 
     return judge
 
@@ -85,7 +78,7 @@ def _finer_groups(metrics: Metrics) -> Verdict:
             holds = holds and bool((np.diff(curve) < 0).all())
             steps = ", ".join(f"{group}: {kl:.4f}" for group, kl in zip(groups, curve, strict=True))
             words.append(f"{model} {method} {steps} nats")
-    return (holds if words else None), _join(words)
+    return (holds if words else None), "; ".join(words)
 
 
 def _lorc_helps(metrics: Metrics) -> Verdict:
@@ -99,7 +92,7 @@ def _lorc_helps(metrics: Metrics) -> Verdict:
 
 
 def _lorc_predicted(metrics: Metrics) -> Verdict:
-    worst = [float(_seeds(metrics[name]).max()) for name in metrics if name.startswith("prediction/")]
+    worst = [float(by_seed(metrics[name]).max()) for name in metrics if name.startswith("prediction/")]
     if not worst:
         return None, "not measured at this preset"
     return max(worst) <= 1e-3, f"at most {max(worst):.1e} of |E|^2 off, over {len(worst)} cells"
@@ -109,10 +102,10 @@ def _lorc_for_the_coarse(metrics: Metrics) -> Verdict:
     holds, words = True, []
     for model in _studied(metrics):
         coarse = metrics[f"gain/{model}/rtn/row/A16"].value
-        fine = metrics[f"gain/{model}/gptq/{_finest(metrics, model)}/A16"].value
+        fine = metrics[f"gain/{model}/gptq/{finest(metrics, model)}/A16"].value
         holds = holds and coarse > fine
         words.append(f"{model}: {coarse:.4f} on RTN per row, {fine:.4f} on GPTQ in groups, nats")
-    return (holds if words else None), _join(words)
+    return (holds if words else None), "; ".join(words)
 
 
 def _activations_hurt(metrics: Metrics) -> Verdict:
@@ -120,7 +113,7 @@ def _activations_hurt(metrics: Metrics) -> Verdict:
         model: tuple(metrics[f"increase/{model}/{cell} asym"].value for cell in ("W16A8", "W8A16"))
         for model in _models(metrics)
     }
-    words = _join(f"{model} {a:+.4f} against {w:+.4f} PPL" for model, (a, w) in pairs.items())
+    words = "; ".join(f"{model} {a:+.4f} against {w:+.4f} PPL" for model, (a, w) in pairs.items())
     return all(a > w for a, w in pairs.values()), words
 
 
@@ -134,7 +127,7 @@ def _planted_hurt(metrics: Metrics) -> Verdict:
         for model in models
         if float(model.split(" x")[1]) == largest
     }
-    words = _join(f"{model}: A8 {a:+.3f}, W4 {w:+.3f} PPL" for model, (a, w) in pairs.items())
+    words = "; ".join(f"{model}: A8 {a:+.3f}, W4 {w:+.3f} PPL" for model, (a, w) in pairs.items())
     return all(a > w for a, w in pairs.values()), words
 
 
@@ -146,7 +139,7 @@ def _order(metrics: Metrics) -> Verdict:
             best = min(kl, key=lambda method: kl[method])
             holds = holds and (best == "gptq" if act == "A16" else best in ("local", "global"))
             words.append(f"{model} W4{act}: " + ", ".join(f"{method} {value:.4f}" for method, value in kl.items()))
-    return (holds if words else None), _join(words)
+    return (holds if words else None), "; ".join(words)
 
 
 def _coarse_falls_short(metrics: Metrics) -> Verdict:
@@ -156,23 +149,23 @@ def _coarse_falls_short(metrics: Metrics) -> Verdict:
             least = min(metrics[f"relative/{model}/{method}/row/{act}/r0"].value for method in METHODS)
             holds = holds and least > CLASS_1
             words.append(f"{model} W4{act}: best method {least:+.2f} % PPL")
-    return (holds if words else None), _join(words)
+    return (holds if words else None), "; ".join(words)
 
 
 def _fine_recovers(metrics: Metrics) -> Verdict:
     holds, words = True, []
     for model in _studied(metrics):
-        grid, rank = _finest(metrics, model), _rank(metrics, model)
+        grid, rank = finest(metrics, model), repaired_rank(metrics, model)
         for act in ("A16", "A8"):
             coarse = min(metrics[f"kl/{model}/{method}/row/{act}/r0"].value for method in METHODS)
             names = [f"kl/{model}/{method}/{grid}/{act}/r{rank}" for method in METHODS]
             fine = min(metrics[name].value for name in names if name in metrics)
             holds = holds and fine <= coarse / 2
             words.append(f"{model} W4{act}: {coarse:.4f} to {fine:.4f} nats")
-    return (holds if words else None), _join(words)
+    return (holds if words else None), "; ".join(words)
 
 
-def _rank(metrics: Metrics, model: str) -> int:
+def repaired_rank(metrics: Metrics, model: str) -> int:
     """Of LoRC on every method: what ZQ-Global was repaired with."""
     names = [name for name in metrics if name.startswith(f"kl/{model}/global/row/A8/r")]
     return max(int(name.rsplit("/r", 1)[1]) for name in names)

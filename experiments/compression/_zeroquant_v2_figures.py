@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from experiments.compression._zeroquant_v2_claims import finest, repaired_rank
+from experiments.measures import by_seed
 from mechlab.reporting.canvas import PALETTE, canvas, house_style, label_axes, legend, note
 from mechlab.reporting.figures import arm_bars, curve_band
 from mechlab.reporting.results import Metric
@@ -77,9 +79,9 @@ def sensitivity(metrics: Metrics, models: list[str]) -> Figure:
 def methods(metrics: Metrics, model: str, act: str) -> Figure:
     """T2 to T4: every method, per row and in groups, without and with LoRC."""
     arms = {}
-    for grid in ("row", _finest(metrics, model)):
+    for grid in ("row", finest(metrics, model)):
         for method, name in NAMES.items():
-            for rank in ("r0", _rank(metrics, model)):
+            for rank in ("r0", f"r{repaired_rank(metrics, model)}"):
                 metric = metrics.get(f"kl/{model}/{method}/{grid}/{act}/{rank}")
                 if metric is not None:
                     label = f"{name}, {'per row' if grid == 'row' else grid}{'' if rank == 'r0' else ' + LoRC'}"
@@ -95,7 +97,7 @@ def lorc_gain(metrics: Metrics, model: str) -> Figure:
             method, grid, act = name.removeprefix(f"gain/{model}/").split("/")
             before = np.asarray(metrics[f"kl/{model}/{method}/{grid}/{act}/r0"].per_seed)
             arms[f"{NAMES[method]}, {grid}, {act}"] = 100 * np.asarray(metrics[name].per_seed) / before
-    return arm_bars(arms, ylabel=f"KL removed by LoRC, rank {_rank(metrics, model)[1:]} (%)", title=model)
+    return arm_bars(arms, ylabel=f"KL removed by LoRC, rank {repaired_rank(metrics, model)} (%)", title=model)
 
 
 def lorc_rank(metrics: Metrics, model: str) -> Figure:
@@ -107,7 +109,7 @@ def lorc_rank(metrics: Metrics, model: str) -> Figure:
         names = [name for name in metrics if name.startswith(start) and " " not in name]
         found = {int(name.removeprefix(start)): name for name in names}
         ranks = sorted(found)
-        curves[NAMES[method]] = np.stack([_seeds(metrics[found[rank]]) for rank in ranks], 1)
+        curves[NAMES[method]] = np.stack([by_seed(metrics[found[rank]]) for rank in ranks], 1)
     title = f"{model}, W4A16 per row"
     return curve_band(ranks, curves, xlabel="rank of LoRC", ylabel="KL (nats a token)", title=title)
 
@@ -117,7 +119,7 @@ def group_curves(metrics: Metrics, model: str) -> dict[str, Any]:
     start = f"kl/{model}/rtn/g"
     groups = sorted(int(name.removeprefix(start).split("/")[0]) for name in metrics if _is_group(name, start))
     curves: dict[str, Any] = {
-        NAMES[method]: np.stack([_seeds(metrics[f"kl/{model}/{method}/g{group}/A16/r0"]) for group in groups], 1)
+        NAMES[method]: np.stack([by_seed(metrics[f"kl/{model}/{method}/g{group}/A16/r0"]) for group in groups], 1)
         for method in ("rtn", "gptq")
     }
     return {"x": groups, "curves": curves}
@@ -140,19 +142,5 @@ def error_spectra(spectra: Mapping[str, np.ndarray], model: str) -> Figure:
     return figure
 
 
-def _seeds(metric: Metric) -> np.ndarray:
-    return np.asarray(metric.per_seed)
-
-
 def _is_group(name: str, start: str) -> bool:
     return name.startswith(start) and name.endswith("/A16/r0")
-
-
-def _finest(metrics: Metrics, model: str) -> str:
-    start = f"kl/{model}/rtn/g"
-    return f"g{min(int(name.removeprefix(start).split('/')[0]) for name in metrics if _is_group(name, start))}"
-
-
-def _rank(metrics: Metrics, model: str) -> str:
-    """The rank that every method was repaired with."""
-    return max(name.rsplit("/", 1)[1] for name in metrics if name.startswith(f"kl/{model}/global/row/A8/r"))

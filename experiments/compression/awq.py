@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import numpy as np
 
 from experiments.compression import _awq_figures as draw
 from experiments.compression import _awq_lab as lab_of
@@ -140,9 +139,6 @@ def run(key: jax.Array, config: Config, log: Log) -> Result:
     metrics = lab.metrics()
     base = quality(subject.model, subject.params, subject.params, lab.held_out)
     metrics["perplexity/none"] = Metric(value=float(base.base_perplexity))
-    searches = [ratio for sites in lab.losses.values() for of_seeds in sites.values() for ratio in of_seeds]
-    worst = np.concatenate([ratio.min(1) for ratio in searches])
-    metrics["search/worst_ratio"] = Metric(value=float(worst.max()), n=worst.size, unit="of the loss at alpha = 0")
-    metrics["search/mean_ratio"] = Metric(value=float(worst.mean()), n=worst.size, unit="of the loss at alpha = 0")
+    metrics |= lab_of.search_metrics(lab.losses)
     figures = draw.all_figures(metrics, config) | draw.search_figures(lab.losses)
     return Result(metrics=metrics, claims=judge_claims(CLAIMS, metrics), figures=figures)
